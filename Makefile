@@ -1,0 +1,40 @@
+# Every target sets up what it needs: an own virtual environment in .venv with the pinned versions.
+PYTHON  ?= python3
+WORKERS ?= 2
+ARGS    ?=
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint bench
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(STAMP): pyproject.toml .ci/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'margeq needs Python 3.11 or newer: make PYTHON=python3.11 ...' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	# One resolver run: torch and torchvision have to be chosen together.
+	$(BIN)/python -m pip install -q -c .ci/constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## which symmetry does each layer choose? real digits, offline (ARGS='--seed 1')
+	$(BIN)/margeq demo $(ARGS)
+
+# One thread per worker: two workers then use two cores, not four.
+test: $(STAMP)  ## the tests that decide a change (ARGS='-k digits')
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-all: $(STAMP)  ## the same and the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'slow or not slow' $(ARGS)
+
+lint: $(STAMP)  ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright margeq
+
+bench: $(STAMP)  ## costs as multiples of a plain epoch, beside laplace-torch
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks $(ARGS)

@@ -1,0 +1,1 @@
+"""Costs of margeq beside its neighbours; run with ``python -m benchmarks``."""

@@ -1,0 +1,97 @@
+"""Reading a user's loader: unpacking, moving, counting and checking batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from margeq.curvature.sampling import tensors_of
+from margeq.errors import DataError
+
+__all__ = ["Batch", "map_tensors", "read_batches"]
+
+BatchFunction = Callable[[Any], tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch on the model's device.
+
+    Attributes:
+        index: position in the loader.
+        inputs: a tensor, or a sequence or mapping of tensors; the data axis comes first.
+        targets: ``[n, ...]``.
+    """
+
+    index: int
+    inputs: Any
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(tensors_of(self.inputs)[0])
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], inputs: Any) -> Any:
+    """Apply a function to each tensor of a model input, keeping its structure."""
+    if isinstance(inputs, Tensor):
+        return function(inputs)
+    if isinstance(inputs, Mapping):
+        return {key: map_tensors(function, value) for key, value in inputs.items()}
+    if isinstance(inputs, (list, tuple)):
+        return tuple(map_tensors(function, value) for value in inputs)
+    return inputs
+
+
+def read_batches(
+    loader: Iterable[Any], device: torch.device, batch_fn: BatchFunction | None = None
+) -> Iterator[Batch]:
+    """Yield checked batches on ``device``.
+
+    Raises:
+        DataError: for no batches, a batch that is no ``(inputs, targets)`` pair, inputs and
+            targets of different length, or a NaN or infinite input.
+    """
+    index = -1
+    for index, raw in enumerate(loader):
+        inputs, targets = _unpack(raw, index, batch_fn)
+        batch = Batch(index, map_tensors(lambda t: t.to(device), inputs), targets.to(device))
+        _check(batch)
+        if len(batch):
+            yield batch
+    if index < 0:
+        raise DataError(
+            "loader yielded 0 samples; it must be re-iterable (a DataLoader or a list of "
+            "batches, not a generator) and its data set must not be empty"
+        )
+
+
+def _unpack(raw: Any, index: int, batch_fn: BatchFunction | None) -> tuple[Any, Tensor]:
+    pair = raw if batch_fn is None else batch_fn(raw)
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[1], Tensor)):
+        raise DataError(
+            f"batch {index} is a {type(pair).__name__}, not a pair (inputs, targets) with tensor "
+            f"targets; pass batch_fn=lambda batch: (inputs, targets)"
+        )
+    return pair[0], pair[1]
+
+
+def _check(batch: Batch) -> None:
+    tensors = tensors_of(batch.inputs)
+    if not tensors:
+        raise DataError(f"batch {batch.index} holds no input tensor")
+    for tensor in tensors:
+        if tensor.ndim == 0 or len(tensor) != len(batch.targets):
+            raise DataError(
+                f"batch {batch.index}: inputs {tuple(tensor.shape)} and targets "
+                f"{tuple(batch.targets.shape)} differ in their first axis, the data axis"
+            )
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            where = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+            raise DataError(
+                f"batch {batch.index}, index {where[0]}, feature {tuple(where[1:])}: input is "
+                f"{tensor[tuple(where)].item()}; remove or impute this sample"
+            )

@@ -1,0 +1,183 @@
+"""The one form that every curvature rule translates its layer into, and the open registry.
+
+    y[n,t,b,o] = sum_i theta[o,b,i] * a[n,t,b,i]
+
+``n`` datum, ``v`` column of the loss-Hessian root, ``t`` shared position, ``b`` independent block,
+``o`` out, ``i`` in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from margeq.errors import ConfigError
+
+__all__ = [
+    "InputRows",
+    "LinearIO",
+    "Rule",
+    "bias_rows",
+    "register_kfac_rule",
+    "register_split_rule",
+    "rule_for",
+]
+
+Layout = Literal["obi", "boi"]
+PositionSampler = Callable[[int], "Tensor | None"]
+
+
+@dataclass(frozen=True)
+class LinearIO:
+    """Input and output gradient of one weight: ``y[n,t,b,o] = sum_i theta[o,b,i] a[n,t,b,i]``.
+
+    Attributes:
+        inputs: ``[n, t, b, i]``.
+        output_grads: gradients of the output with respect to ``y``, ``[v, n, t, b, o]``.
+        layout: order of the axes in which the parameter itself is stored.
+        is_bias: the inputs are constant ones, for which the block can be exact at no cost.
+    """
+
+    inputs: Tensor
+    output_grads: Tensor
+    layout: Layout = "obi"
+    is_bias: bool = False
+
+
+@dataclass(frozen=True)
+class InputRows:
+    """Inputs of one weight, possibly at a sample of the shared positions only.
+
+    Attributes:
+        rows: ``[n, m, b, i]`` with ``m <= n_positions``.
+        n_positions: number of shared positions ``t`` per datum.
+        layout: as in :class:`LinearIO`.
+        is_bias: as in :class:`LinearIO`.
+    """
+
+    rows: Tensor
+    n_positions: int
+    layout: Layout = "obi"
+    is_bias: bool = False
+
+
+class KfacRule(Protocol):
+    """What a user registers for a layer type."""
+
+    def __call__(self, layer: Any, x: Tensor, grad_y: Tensor, /) -> Mapping[str, LinearIO]:
+        """Translate input ``x`` and output gradients ``[v, *y.shape]`` into one IO per weight."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The two halves of a rule, which the accumulation needs at different times.
+
+    Attributes:
+        inputs: ``(layer, x, sampler) -> {parameter: InputRows}``; ``sampler(t)`` gives the sampled
+            positions ``[n, m]`` or ``None`` for all of them.
+        output_grads: ``(layer, x, grad_y) -> {parameter: [v, n, t, b, o]}``.
+    """
+
+    inputs: Callable[[Any, Tensor, PositionSampler], Mapping[str, InputRows]]
+    output_grads: Callable[[Any, Tensor, Tensor], Mapping[str, Tensor]]
+
+    def io(self, layer: nn.Module, x: Tensor, grad_y: Tensor) -> dict[str, LinearIO]:
+        """Both halves together, at all positions."""
+        rows = self.inputs(layer, x, _all_positions)
+        grads = self.output_grads(layer, x, grad_y)
+        return {
+            name: LinearIO(rows[name].rows, grads[name], rows[name].layout, rows[name].is_bias)
+            for name in rows
+        }
+
+
+_RULES: dict[type[nn.Module], Rule] = {}
+
+
+def register_kfac_rule(
+    layer_type: type[nn.Module],
+) -> Callable[[KfacRule], KfacRule]:
+    """Register ``rule(layer, x, grad_y) -> {parameter: LinearIO}`` for exactly ``layer_type``.
+
+    Subclasses do not inherit the rule: another ``forward`` would silently make it wrong.
+
+    Args:
+        layer_type: the module class, not a parent of it.
+
+    Returns:
+        A decorator that leaves the function as it is.
+
+    Raises:
+        ConfigError: if ``layer_type`` is no module class.
+    """
+    _require_module_type(layer_type)
+
+    def decorate(rule: KfacRule) -> KfacRule:
+        _RULES[layer_type] = _split(rule)
+        return rule
+
+    return decorate
+
+
+def register_split_rule(*layer_types: type[nn.Module], rule: Rule) -> None:
+    """Register a rule whose inputs and gradients can be had separately, which is faster."""
+    for layer_type in layer_types:
+        _require_module_type(layer_type)
+        _RULES[layer_type] = rule
+
+
+def rule_for(layer_type: type[nn.Module]) -> Rule | None:
+    """The rule of exactly this type, or ``None``."""
+    return _RULES.get(layer_type)
+
+
+def registered_types() -> tuple[type[nn.Module], ...]:
+    """Every type with a rule."""
+    return tuple(_RULES)
+
+
+def bias_rows(n_data: int, n_positions: int, n_blocks: int, like: Tensor) -> InputRows:
+    """Constant-one inputs ``[n, t, b, 1]`` of a bias, without memory of their own."""
+    ones = torch.ones((), dtype=like.dtype, device=like.device)
+    return InputRows(ones.expand(n_data, n_positions, n_blocks, 1), n_positions, is_bias=True)
+
+
+def _require_module_type(layer_type: object) -> None:
+    if not (isinstance(layer_type, type) and issubclass(layer_type, nn.Module)):
+        raise ConfigError(f"a curvature rule belongs to an nn.Module class, not to {layer_type!r}")
+
+
+def _all_positions(_: int) -> None:
+    return None
+
+
+def _split(rule: KfacRule) -> Rule:
+    """Serve both halves from one function: inputs with zero columns, gradients with all."""
+
+    def inputs(layer: nn.Module, x: Tensor, sampler: PositionSampler) -> dict[str, InputRows]:
+        with torch.no_grad():
+            # the output's shape is only known to the layer, so ask it once, without columns
+            y = layer.forward(x)
+        no_columns = torch.zeros((0, *y.shape), dtype=y.dtype, device=y.device)
+        return {
+            name: _subsample(io, sampler) for name, io in rule(layer, x, no_columns).items()
+        }
+
+    def output_grads(layer: nn.Module, x: Tensor, grad_y: Tensor) -> dict[str, Tensor]:
+        return {name: io.output_grads for name, io in rule(layer, x, grad_y).items()}
+
+    return Rule(inputs, output_grads)
+
+
+def _subsample(io: LinearIO, sampler: PositionSampler) -> InputRows:
+    n_positions = io.inputs.shape[1]
+    positions = None if io.is_bias else sampler(n_positions)
+    rows = io.inputs
+    if positions is not None:
+        rows = rows[torch.arange(len(rows), device=rows.device)[:, None], positions]
+    return InputRows(rows, n_positions, io.layout, io.is_bias)

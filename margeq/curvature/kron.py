@@ -1,0 +1,82 @@
+"""Kronecker-factored curvature of one weight, batched over its independent blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from margeq.curvature.io import Layout
+from margeq.linalg import psd_eigenvalues
+
+__all__ = ["BlockKron"]
+
+
+@dataclass(frozen=True)
+class BlockKron:
+    """``H_b = grad_cov[b] (x) input_cov[b] / n_shared``, both factors plain sums over data.
+
+    Attributes:
+        grad_cov: ``[b, o, o]``, summed over data, root columns and shared positions.
+        input_cov: ``[b, i, i]``, summed over data and shared positions (reduce: of means).
+        n_shared: sum over data of the number of shared positions (reduce: number of data).
+        layout: order in which the parameter stores the axes o, b, i.
+        resolution: machine epsilon of the dtype in which the products were formed.
+
+    Reference:
+        Martens & Grosse 2015; Eschenhagen et al. 2023 (expand, reduce).
+    """
+
+    grad_cov: Tensor
+    input_cov: Tensor
+    n_shared: Tensor
+    layout: Layout = "obi"
+    resolution: float = 0.0
+
+    def __add__(self, other: BlockKron) -> BlockKron:
+        """Sums of two disjoint sets of data."""
+        return replace(
+            self,
+            grad_cov=self.grad_cov + other.grad_cov,
+            input_cov=self.input_cov + other.input_cov,
+            n_shared=self.n_shared + other.n_shared,
+            resolution=max(self.resolution, other.resolution),
+        )
+
+    @property
+    def numel(self) -> int:
+        """Number of parameters that the block covers."""
+        blocks, out, _ = self.grad_cov.shape
+        return blocks * out * self.input_cov.shape[-1]
+
+    def log_eigenvalues(self, name: str = "weight") -> tuple[Tensor, int]:
+        """Logarithms of the eigenvalues ``[o, b, i]`` (``-inf`` for zero) and the clamped count."""
+        grad_values, grad_clamped = psd_eigenvalues(self.grad_cov, name, self.resolution)
+        input_values, input_clamped = psd_eigenvalues(self.input_cov, name, self.resolution)
+        logs = (
+            _safe_log(grad_values).mT[:, :, None]
+            + _safe_log(input_values)[None]
+            - _safe_log(self.n_shared)
+        )
+        empty = self.n_shared <= 0
+        return torch.where(empty, -torch.inf, logs), grad_clamped + input_clamped
+
+    def to_dense(self) -> Tensor:
+        """``[P, P]``, row-major in the parameter's own layout."""
+        blocks, out, _ = self.grad_cov.shape
+        inner = self.input_cov.shape[-1]
+        dense = self.grad_cov.new_zeros(out, blocks, inner, out, blocks, inner)
+        scale = 1.0 / self.n_shared.clamp_min(1.0)
+        for b in range(blocks):
+            block = torch.einsum("op,ij->oipj", self.grad_cov[b], self.input_cov[b])
+            dense[:, b, :, :, b, :] = block * scale
+        if self.layout == "boi":
+            dense = dense.permute(1, 0, 2, 4, 3, 5)
+        return dense.reshape(self.numel, self.numel)
+
+
+def _safe_log(values: Tensor) -> Tensor:
+    """``log`` with a zero gradient, instead of NaN, where the value is zero."""
+    positive = values > 0
+    return torch.where(positive, torch.where(positive, values, 1.0).log(), -torch.inf)

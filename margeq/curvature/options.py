@@ -1,0 +1,117 @@
+"""How the curvature is approximated, and the flavour that this gives the evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from margeq.errors import ConfigError, FlavourMismatchError
+from margeq.parameters import matches
+
+__all__ = ["EvidenceFlavour", "KfacOptions"]
+
+_ROOTS = ("exact", "adaptive", "mc")
+_APPROXIMATIONS = ("expand", "reduce")
+
+
+@dataclass(frozen=True)
+class EvidenceFlavour:
+    """Everything that makes two evidence values comparable, or not.
+
+    Values of different flavours differ by hundreds of nats on the same model and data.
+    """
+
+    likelihood: str
+    curvature: str
+    hessian_root: str
+    kfac_approx: str
+    bias_approx: str
+    position_fraction: float
+    weights: str
+    is_bound: bool = False
+
+    def require_same(self, other: EvidenceFlavour) -> None:
+        """Refuse a comparison between different flavours.
+
+        Raises:
+            FlavourMismatchError: naming each field that differs.
+        """
+        differing = [
+            f"{name}: {value!r} against {getattr(other, name)!r}"
+            for name, value in vars(self).items()
+            if value != getattr(other, name)
+        ]
+        if differing:
+            raise FlavourMismatchError(
+                "evidence values of different flavours cannot be compared ("
+                + "; ".join(differing)
+                + "); recompute both with the same options"
+            )
+
+
+@dataclass(frozen=True)
+class KfacOptions:
+    """Options of one curvature pass.
+
+    Attributes:
+        hessian_root: ``"exact"`` (C - 1 columns), ``"adaptive"`` (the largest columns, up to
+            ``captured_trace`` of the trace over the whole data set), or ``"mc"``.
+        mc_samples: columns of the Monte-Carlo root.
+        captured_trace: share of the output Hessian's trace that the adaptive root keeps.
+        kfac_approx: ``"expand"`` or ``"reduce"`` over shared positions, or a mapping from names
+            of parameters or modules to one of them (``""`` is the default of the rest).
+        bias_approx: ``"exact"``, or ``"expand"`` for parity with other libraries.
+        position_fraction: share of the shared positions that enter the input covariances.
+        seed: mixed into the content keys of all random draws.
+
+    Raises:
+        ConfigError: for an unknown name or a share outside (0, 1].
+    """
+
+    hessian_root: str = "exact"
+    mc_samples: int = 1
+    captured_trace: float = 0.999
+    kfac_approx: str | Mapping[str, str] = "expand"
+    bias_approx: str = "exact"
+    position_fraction: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.hessian_root not in _ROOTS:
+            raise ConfigError(f"hessian_root={self.hessian_root!r}: use one of {_ROOTS}")
+        if self.bias_approx not in ("exact", "expand"):
+            raise ConfigError(f"bias_approx={self.bias_approx!r}: use 'exact' or 'expand'")
+        if self.mc_samples < 1:
+            raise ConfigError(f"mc_samples={self.mc_samples} must be at least 1")
+        for name in ("captured_trace", "position_fraction"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise ConfigError(f"{name}={getattr(self, name)} must lie in (0, 1]")
+        named = self.kfac_approx if isinstance(self.kfac_approx, Mapping) else {}
+        for value in named.values() if named else (self.kfac_approx,):
+            if value not in _APPROXIMATIONS:
+                raise ConfigError(f"kfac_approx={value!r}: use one of {_APPROXIMATIONS}")
+
+    def approx_of(self, tensor: str) -> str:
+        """``"expand"`` or ``"reduce"`` for one weight tensor."""
+        if not isinstance(self.kfac_approx, Mapping):
+            return str(self.kfac_approx)
+        hits = [key for key in self.kfac_approx if key and matches(tensor, [key])]
+        return self.kfac_approx[max(hits, key=len)] if hits else self.kfac_approx.get("", "expand")
+
+    def flavour(self, likelihood: str, weights: str) -> EvidenceFlavour:
+        """The flavour of evidence that these options give."""
+        detail = {
+            "exact": "exact",
+            "adaptive": f"adaptive({self.captured_trace:g})",
+            "mc": f"mc({self.mc_samples})",
+        }
+        approx = self.kfac_approx
+        return EvidenceFlavour(
+            likelihood=likelihood,
+            curvature="kfac",
+            hessian_root=detail[self.hessian_root],
+            kfac_approx=approx if isinstance(approx, str) else repr(sorted(approx.items())),
+            bias_approx=self.bias_approx,
+            position_fraction=self.position_fraction,
+            weights=weights,
+        )

@@ -1,0 +1,81 @@
+"""The error family: every failure says what, where, the value seen, and the way out."""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "ConvergenceWarning",
+    "CurvatureError",
+    "DataError",
+    "DataWarning",
+    "DeterminismWarning",
+    "DistributedMismatchError",
+    "FlavourMismatchError",
+    "MargeqError",
+    "MissingRuleError",
+    "NonFiniteError",
+    "NotPSDError",
+    "NumericalWarning",
+    "UnsupportedLayerError",
+]
+
+
+class MargeqError(Exception):
+    """Base of every exception that margeq raises on purpose."""
+
+
+class ConfigError(MargeqError, ValueError):
+    """An argument, or a combination of arguments, that cannot work."""
+
+
+class FlavourMismatchError(ConfigError):
+    """Evidence values of different flavours were about to be compared."""
+
+
+class DataError(MargeqError, ValueError):
+    """A batch that cannot be used; names the batch, the index and the value."""
+
+
+class UnsupportedLayerError(MargeqError, NotImplementedError):
+    """A module whose curvature is not available; names the module and the ways out."""
+
+
+class MissingRuleError(UnsupportedLayerError):
+    """A trainable weight in a module type without a curvature rule."""
+
+
+class CurvatureError(MargeqError, RuntimeError):
+    """The curvature, or a step that depends on it, failed numerically."""
+
+
+class NonFiniteError(CurvatureError):
+    """A factor, a loss or an evidence value is NaN or infinite."""
+
+
+class NotPSDError(CurvatureError):
+    """A factor has no eigenvalue decomposition even with jitter."""
+
+
+class CheckpointError(MargeqError, RuntimeError):
+    """A checkpoint cannot be written or trusted."""
+
+
+class DistributedMismatchError(MargeqError, RuntimeError):
+    """Ranks disagree about values that have to be identical."""
+
+
+class NumericalWarning(UserWarning):
+    """A number had to be repaired (jitter, clamping, a rejected step)."""
+
+
+class ConvergenceWarning(UserWarning):
+    """The evidence was still moving when the epochs ran out."""
+
+
+class DeterminismWarning(UserWarning):
+    """Two passes that should see the same data did not."""
+
+
+class DataWarning(UserWarning):
+    """Data are usable, but part of them is never seen."""

@@ -1,0 +1,173 @@
+"""The Laplace evidence: pure functions of curvature sums, prior and likelihood.
+
+    log p(D | eta) ~ log p(D | theta*) - 1/2 sum_tensors [ sum log(1 + lambda / delta)
+                                                           + delta |theta*|^2 ]
+
+with ``lambda`` the eigenvalues of the curvature times ``1 / (sigma^2 T)`` (Immer et al. 2021).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from margeq.accumulation import CurvatureState, accumulate
+from margeq.curvature.options import EvidenceFlavour
+from margeq.errors import ConfigError
+from margeq.likelihoods import Likelihood
+from margeq.linalg import log1p_ratio
+from margeq.priors import GaussianPrior
+
+__all__ = [
+    "CurvatureState",
+    "Evidence",
+    "Spectrum",
+    "accumulate",
+    "decompose",
+    "effective_parameters",
+    "evidence",
+    "hyper_gradient",
+    "log_marginal_likelihood",
+]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """All that hyperparameter steps need from one curvature pass: eigenvalues, norms, fit.
+
+    Attributes:
+        log_eigenvalues: logarithms per weight tensor ``[P]``, without noise and temperature.
+        square_norms: squared norm per weight tensor.
+        fit: fit term, see :class:`margeq.accumulation.CurvatureState`.
+        n_data: number of data.
+        flavour: evidence flavour of the pass.
+        clamped: number of clearly negative eigenvalues that were set to zero.
+    """
+
+    log_eigenvalues: dict[str, Tensor]
+    square_norms: dict[str, Tensor]
+    fit: Tensor
+    n_data: int
+    flavour: EvidenceFlavour
+    clamped: int
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Terms of the log marginal likelihood, in nats, each differentiable.
+
+    Attributes:
+        log_likelihood: fit of the data at the MAP.
+        log_determinant: ``sum log(1 + lambda / delta)``.
+        scatter: ``sum delta |theta|^2``.
+    """
+
+    log_likelihood: Tensor
+    log_determinant: Tensor
+    scatter: Tensor
+
+    @property
+    def occam(self) -> Tensor:
+        """The price of the weights, never positive."""
+        return -0.5 * (self.log_determinant + self.scatter)
+
+    @property
+    def total(self) -> Tensor:
+        """The log marginal likelihood."""
+        return self.log_likelihood + self.occam
+
+
+def decompose(state: CurvatureState) -> Spectrum:
+    """One eigenvalue decomposition per Kronecker factor.
+
+    Raises:
+        NonFiniteError: if a factor is NaN or infinite.
+        NotPSDError: if a decomposition fails for good.
+    """
+    logs, clamped = {}, 0
+    for name, kron in state.kron.items():
+        values, repaired = kron.log_eigenvalues(name)
+        logs[name] = values.flatten()
+        clamped += repaired
+    return Spectrum(logs, state.square_norms, state.fit, state.n_data, state.flavour, clamped)
+
+
+def evidence(spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood) -> Evidence:
+    """Log marginal likelihood, term by term.
+
+    Args:
+        spectrum: from :func:`decompose`.
+        prior: precisions, each finite in value and gradient from 1e-30 to 1e30.
+        likelihood: noise and temperature.
+
+    Raises:
+        ConfigError: if prior and spectrum are not about the same weights.
+    """
+    _require_same_weights(spectrum, prior)
+    fit_term = likelihood.log_likelihood(spectrum.fit, spectrum.n_data)
+    log_scale = likelihood.curvature_scale.log().to(spectrum.fit.device)
+    log_determinant, scatter = fit_term.new_zeros(()), fit_term.new_zeros(())
+    for name, logs in spectrum.log_eigenvalues.items():
+        log_precision = prior.log_precision_of(name)
+        log_determinant = log_determinant + log1p_ratio(logs + log_scale, log_precision).sum()
+        scatter = scatter + log_precision.exp() * spectrum.square_norms[name]
+    return Evidence(fit_term, log_determinant, scatter)
+
+
+def log_marginal_likelihood(
+    state: CurvatureState | Spectrum, prior: GaussianPrior, likelihood: Likelihood
+) -> Tensor:
+    """Laplace log marginal likelihood in nats, total over the data; larger is better.
+
+    Differentiable in ``prior.log_prior_precision`` and in the likelihood's noise.
+
+    Args:
+        state: from :func:`accumulate`, or its decomposition.
+        prior: prior precisions.
+        likelihood: noise and temperature.
+
+    Raises:
+        ConfigError: if prior and state are not about the same weights.
+    """
+    spectrum = decompose(state) if isinstance(state, CurvatureState) else state
+    return evidence(spectrum, prior, likelihood).total
+
+
+def effective_parameters(
+    spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood
+) -> dict[str, Tensor]:
+    """``gamma_t = sum lambda / (lambda + delta)`` per weight tensor, between 0 and ``P`` (MacKay)."""
+    log_scale = likelihood.curvature_scale.log().to(spectrum.fit.device)
+    return {
+        name: torch.sigmoid(logs + log_scale - prior.log_precision_of(name)).sum()
+        for name, logs in spectrum.log_eigenvalues.items()
+    }
+
+
+def hyper_gradient(
+    spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood
+) -> tuple[float, dict[str, Tensor]]:
+    """Evidence and its gradient in every log precision and in ``log_sigma_noise``."""
+    leaves = {**prior.log_prior_precision, **likelihood.hyperparameters}
+    flags = {name: leaf.requires_grad for name, leaf in leaves.items()}
+    for leaf in leaves.values():
+        leaf.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            value = evidence(spectrum, prior, likelihood).total
+            grads = torch.autograd.grad(value, list(leaves.values()))
+    finally:
+        for name, leaf in leaves.items():
+            leaf.requires_grad_(flags[name])
+    return float(value), dict(zip(leaves, grads, strict=True))
+
+
+def _require_same_weights(spectrum: Spectrum, prior: GaussianPrior) -> None:
+    differing = set(spectrum.log_eigenvalues) ^ set(prior.groups)
+    if differing:
+        raise ConfigError(
+            f"prior and curvature are about different weights: {sorted(differing)}; build both "
+            f"from the same model and with the same parameters=..."
+        )

@@ -1,0 +1,9 @@
+"""Layers, each with its curvature rule; importing this package registers all rules."""
+
+from margeq.layers import convolution as _convolution  # registers the rules of nn.Conv1d/2d/3d
+from margeq.layers.dense import Linear2d
+from margeq.layers.factored import FactoredLinear2d
+from margeq.layers.pathways import ResidualPathways
+from margeq.layers.pooling import PolyphaseSubsample
+
+__all__ = ["FactoredLinear2d", "Linear2d", "PolyphaseSubsample", "ResidualPathways"]

@@ -1,0 +1,122 @@
+"""Fully connected maps: the rule of ``nn.Linear`` and the fully connected path on feature maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from margeq.curvature.io import (
+    InputRows,
+    PositionSampler,
+    Rule,
+    bias_rows,
+    register_split_rule,
+)
+from margeq.layers.maps import Shape, as_map_shape, check_map, default_init
+
+__all__ = ["Linear2d"]
+
+
+class Linear2d(nn.Module):
+    """Fully connected map between feature maps, the least constrained path (ELLA eq. 1).
+
+        y[n,o] = sum_i W[o,i] x[n,i] + b[o],   o = (channel d, position y), i = (c, x)
+
+    Args:
+        in_channels: ``C``.
+        out_channels: ``D``.
+        in_shape: spatial size of the input map, an int or a tuple.
+        out_shape: spatial size of the output map.
+        bias: one bias per output channel *and* position.
+
+    Shapes:
+        ``[n, C, *in_shape] -> [n, D, *out_shape]``; ``weight [D * Y, C * X]``.
+
+    Raises:
+        ConfigError: if a size is not positive.
+        DataError: if an input has another shape.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        in_shape: int | Shape,
+        out_shape: int | Shape,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.in_shape = as_map_shape("in_shape", in_shape, in_channels, out_channels)
+        self.out_shape = as_map_shape("out_shape", out_shape)
+        fan_out = out_channels * self.out_shape.numel()
+        self.weight = nn.Parameter(torch.empty(fan_out, in_channels * self.in_shape.numel()))
+        self.bias = nn.Parameter(torch.empty(fan_out)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Unit-gain normal weights, zero biases."""
+        default_init(self.weight, fan_in=self.weight.shape[1])
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[n, C, *in_shape]`` to ``[n, D, *out_shape]``."""
+        check_map(self, x)
+        y = nn.functional.linear(x.flatten(1), self.weight, self.bias)
+        return y.reshape(len(x), self.out_channels, *self.out_shape)
+
+    def induced_weight(self) -> Tensor:
+        """The map as a matrix, ``[D * Y, C * X]``."""
+        return self.weight
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(model)``."""
+        return (
+            f"{self.in_channels}, {self.out_channels}, in_shape={tuple(self.in_shape)}, "
+            f"out_shape={tuple(self.out_shape)}, bias={self.bias is not None}"
+        )
+
+
+def _linear_inputs(
+    layer: nn.Linear, x: Tensor, sampler: PositionSampler
+) -> Mapping[str, InputRows]:
+    rows = x.reshape(len(x), -1, 1, x.shape[-1])
+    return _with_bias(layer, rows, sampler)
+
+
+def _linear2d_inputs(
+    layer: Linear2d, x: Tensor, sampler: PositionSampler
+) -> Mapping[str, InputRows]:
+    return _with_bias(layer, x.reshape(len(x), 1, 1, -1), sampler)
+
+
+def _with_bias(
+    layer: nn.Linear | Linear2d, rows: Tensor, sampler: PositionSampler
+) -> dict[str, InputRows]:
+    n_data, n_positions = rows.shape[:2]
+    found = {}
+    positions = sampler(n_positions)
+    if positions is not None:
+        rows = rows[torch.arange(n_data, device=rows.device)[:, None], positions]
+    found["weight"] = InputRows(rows, n_positions)
+    if layer.bias is not None:
+        found["bias"] = bias_rows(n_data, n_positions, 1, rows)
+    return found
+
+
+def _linear_grads(layer: nn.Linear, x: Tensor, grad_y: Tensor) -> Mapping[str, Tensor]:
+    grads = grad_y.reshape(*grad_y.shape[:2], -1, 1, grad_y.shape[-1])
+    return {"weight": grads, "bias": grads}
+
+
+def _linear2d_grads(layer: Linear2d, x: Tensor, grad_y: Tensor) -> Mapping[str, Tensor]:
+    grads = grad_y.reshape(*grad_y.shape[:2], 1, 1, cast(int, layer.weight.shape[0]))
+    return {"weight": grads, "bias": grads}
+
+
+register_split_rule(nn.Linear, rule=Rule(_linear_inputs, _linear_grads))
+register_split_rule(Linear2d, rule=Rule(_linear2d_inputs, _linear2d_grads))

@@ -1,0 +1,47 @@
+"""Subsampling that keeps shift equivariance exact."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from margeq.errors import DataError
+
+__all__ = ["PolyphaseSubsample"]
+
+
+class PolyphaseSubsample(nn.Module):
+    """Keep the one of the four phases ``x[a::2, b::2]`` with the largest l2 norm, per sample.
+
+    The norm runs over channels (and any group axis) jointly and each sample chooses for itself,
+    so predictions do not depend on the batch and circular shifts commute with the network.
+
+    Shapes:
+        ``[n, ..., H, W] -> [n, ..., H/2, W/2]`` with even ``H`` and ``W``.
+
+    Raises:
+        DataError: for odd sizes, whose phases differ in size.
+
+    Reference:
+        Chaman & Dokmanic 2021; ELLA 5.
+
+    Example:
+        >>> import torch
+        >>> x = torch.arange(16.0).reshape(1, 1, 4, 4)
+        >>> PolyphaseSubsample()(x)
+        tensor([[[[ 5.,  7.],
+                  [13., 15.]]]])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Select the phase of each sample."""
+        *leading, height, width = x.shape
+        if height % 2 or width % 2:
+            raise DataError(
+                f"PolyphaseSubsample needs even sizes, got a map of {height} x {width}; pad or "
+                f"crop the input to a multiple of two at each level"
+            )
+        split = x.reshape(*leading, height // 2, 2, width // 2, 2)
+        phases = split.movedim((-3, -1), (1, 2)).flatten(1, 2)
+        energies = phases.detach().square().flatten(2).sum(-1)
+        return phases[torch.arange(len(x), device=x.device), energies.argmax(1)]

@@ -1,0 +1,111 @@
+"""Guarded eigenvalues and log-space sums: everything the evidence needs from linear algebra."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from margeq.errors import NonFiniteError, NotPSDError, NumericalWarning
+
+__all__ = ["accumulation_dtype", "gram", "log1p_ratio", "psd_eigenvalues"]
+
+_JITTER_LADDER = (1e-10, 1e-8, 1e-6)
+
+
+def accumulation_dtype(device: torch.device) -> torch.dtype:
+    """Widest float of the device: factors of many batches are summed in it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def psd_eigenvalues(
+    matrices: Tensor, name: str, resolution: float = 0.0
+) -> tuple[Tensor, int]:
+    """Eigenvalues of positive semi-definite matrices, never negative, never silently repaired.
+
+    Eigenvalues below ``resolution`` times the largest one are rounding noise of the dtype that
+    the factor was computed in and are set to zero.
+
+    Args:
+        matrices: symmetric matrices ``[..., d, d]``.
+        name: what the matrices belong to, for messages.
+        resolution: relative size of the noise floor, e.g. the machine epsilon of the model.
+
+    Returns:
+        Eigenvalues ``[..., d]``, ascending before clamping, and the number of eigenvalues that
+        were clearly negative and had to be clamped.
+
+    Raises:
+        NonFiniteError: if an entry is NaN or infinite.
+        NotPSDError: if no jitter of the ladder makes the decomposition succeed.
+    """
+    if not torch.isfinite(matrices).all():
+        count = int((~torch.isfinite(matrices)).sum())
+        raise NonFiniteError(
+            f"curvature factor of {name!r} has {count} non-finite entries "
+            f"(shape {tuple(matrices.shape)}); lower the learning rate or check the data"
+        )
+    symmetric = 0.5 * (matrices + matrices.mT)
+    values = _eigvalsh_with_jitter(symmetric, name)
+    largest = values.detach().amax(-1, keepdim=True).clamp_min(0.0)
+    clamped = int((values.detach() < -1e3 * max(resolution, 1e-16) * largest).sum())
+    if clamped:
+        warnings.warn(
+            f"{clamped} negative eigenvalues of the factor of {name!r} were set to zero",
+            NumericalWarning,
+            stacklevel=2,
+        )
+    keep = values.detach() > resolution * largest
+    return torch.where(keep, values, torch.zeros_like(values)), clamped
+
+
+def _eigvalsh_with_jitter(symmetric: Tensor, name: str) -> Tensor:
+    try:
+        return torch.linalg.eigvalsh(symmetric)
+    except torch.linalg.LinAlgError:
+        pass
+    eye = torch.eye(symmetric.shape[-1], dtype=symmetric.dtype, device=symmetric.device)
+    mean_diagonal = symmetric.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    for jitter in _JITTER_LADDER:
+        warnings.warn(
+            f"eigenvalues of the factor of {name!r} failed; adding {jitter:g} of its mean diagonal",
+            NumericalWarning,
+            stacklevel=3,
+        )
+        try:
+            return torch.linalg.eigvalsh(symmetric + jitter * mean_diagonal * eye)
+        except torch.linalg.LinAlgError:
+            continue
+    raise NotPSDError(
+        f"the factor of {name!r} has no eigenvalue decomposition, even with jitter "
+        f"{_JITTER_LADDER[-1]:g}; run the model in float64 or lower the learning rate"
+    )
+
+
+def log1p_ratio(log_numerator: Tensor, log_denominator: Tensor) -> Tensor:
+    """Elementwise ``log(1 + a/b)`` from ``log a`` and ``log b``; ``log a`` may be ``-inf``.
+
+    Finite in value and gradient for ratios from 1e-300 to 1e300.
+    """
+    present = log_numerator > -torch.inf
+    difference = torch.where(present, log_numerator, 0.0) - log_denominator
+    value = torch.logaddexp(difference, torch.zeros_like(difference))
+    return torch.where(present, value, 0.0)
+
+
+def gram(rows: Tensor) -> Tensor:
+    """``G[b] = sum_(n,t) r[n,t,b] r[n,t,b]^T`` for rows ``[n, t, b, d]``; returns ``[b, d, d]``.
+
+    Chooses the product that needs no transposed copy of the rows.
+    """
+    n, t, blocks, d = rows.shape
+    if t > d and rows.stride(1) <= rows.stride(3) and rows.stride(0) > rows.stride(3):
+        # one small product per datum: few features, many positions, positions innermost
+        per_datum = rows.permute(0, 2, 3, 1)
+        return (per_datum @ per_datum.mT).sum(0)
+    if rows.stride(3) == 1 or t == 1:
+        tall = rows.permute(2, 0, 1, 3).reshape(blocks, n * t, d)
+        return tall.mT @ tall
+    wide = rows.permute(2, 3, 0, 1).reshape(blocks, d, n * t)
+    return wide @ wide.mT

@@ -1,0 +1,101 @@
+"""Which tensors are weights (integrated out) and which are hyperparameters (optimised)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from margeq.errors import ConfigError, UnsupportedLayerError
+
+__all__ = ["matches", "named_hyperparameters", "named_weights", "owners", "path_prefixes"]
+
+
+def matches(name: str, selection: Sequence[str]) -> bool:
+    """Whether ``name`` is one of ``selection`` or lies below one of its module prefixes."""
+    return any(name == entry or name.startswith(f"{entry}.") for entry in selection)
+
+
+def named_hyperparameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable tensors that their layers declare in ``hyperparameter_names``."""
+    found: dict[str, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        for name in getattr(module, "hyperparameter_names", ()):
+            parameter = getattr(module, name)
+            if isinstance(parameter, nn.Parameter) and parameter.requires_grad:
+                found[f"{prefix}.{name}" if prefix else name] = parameter
+    return found
+
+
+def named_weights(
+    model: nn.Module, parameters: str | Sequence[str] = "all"
+) -> dict[str, nn.Parameter]:
+    """Trainable tensors that the Laplace approximation integrates out, each tensor once.
+
+    Args:
+        model: any module tree.
+        parameters: ``"all"``, or names of parameters or modules to keep; the rest stays at its
+            point estimate and has no prior.
+
+    Raises:
+        ConfigError: if an entry of ``parameters`` names nothing in the model.
+        UnsupportedLayerError: if two different parameters share one storage.
+    """
+    hyperparameters = {id(p) for p in named_hyperparameters(model).values()}
+    trainable = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in hyperparameters
+    }
+    _refuse_shared_storage(trainable)
+    if isinstance(parameters, str):
+        if parameters != "all":
+            raise ConfigError(f"parameters={parameters!r}: use 'all' or a sequence of names")
+        return trainable
+    for entry in parameters:
+        if not any(matches(name, [entry]) for name in trainable):
+            raise ConfigError(
+                f"parameters: no trainable tensor is called, or lies below, {entry!r}; "
+                f"the model has {', '.join(trainable) or 'none'}"
+            )
+    return {name: p for name, p in trainable.items() if matches(name, parameters)}
+
+
+def owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Owning module and local name of every parameter, each tensor once."""
+    return {
+        f"{prefix}.{local}" if prefix else local: (module, local)
+        for prefix, module, local in _walk(model)
+    }
+
+
+def path_prefixes(model: nn.Module) -> dict[str, dict[str, str]]:
+    """Layer name -> path name -> module prefix, for every module that sums candidate paths."""
+    found = {}
+    for prefix, module in model.named_modules():
+        if hasattr(module, "named_paths"):
+            start = f"{prefix}." if prefix else ""
+            found[prefix] = {name: f"{start}paths.{name}" for name, _ in module.named_paths()}
+    return found
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for local, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield prefix, module, local
+
+
+def _refuse_shared_storage(weights: dict[str, nn.Parameter]) -> None:
+    by_address: dict[int, str] = {}
+    for name, parameter in weights.items():
+        if not parameter.numel():
+            continue
+        other = by_address.setdefault(parameter.data_ptr(), name)
+        if other != name:
+            raise UnsupportedLayerError(
+                f"parameters {other!r} and {name!r} are different objects on one storage; tie "
+                f"them by assigning the same nn.Parameter to both modules"
+            )

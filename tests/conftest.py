@@ -1,0 +1,35 @@
+"""Fixtures for all tests: one thread, fixed seeds, and laplace-torch as an oracle."""
+
+from __future__ import annotations
+
+import random
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+from benchmarks.peers import import_laplace
+
+torch.set_num_threads(1)  # parallelism comes from the workers; one thread is reproducible
+
+# The same examples in every run, and no time limit that a busy machine could break.
+settings.register_profile("margeq", derandomize=True, deadline=None)
+settings.load_profile("margeq")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def laplace_torch() -> ModuleType:
+    """The module ``laplace``, importable also beside a CPU build of torch."""
+    try:
+        return import_laplace()
+    except ModuleNotFoundError as error:
+        pytest.skip(f"oracle not installed: {error}")
