@@ -1,0 +1,73 @@
+"""margeq: which symmetry, which layer, how much of it? Asked of the training data alone.
+
+Wrap a model in candidate paths, call :func:`optimize_marglik`, read which path each layer chose.
+Names are imported on first use, so that ``import margeq`` is cheap.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from margeq import curvature, data, laplace, layers, testing
+    from margeq.curvature.io import LinearIO, register_kfac_rule
+    from margeq.effective_dim import effective_dimension
+    from margeq.laplace import log_marginal_likelihood
+    from margeq.likelihoods import Categorical, Gaussian
+    from margeq.optimize import optimize_marglik
+    from margeq.parameters import named_hyperparameters, named_weights
+    from margeq.priors import GaussianPrior
+    from margeq.training.result import MargLikResult
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Categorical",
+    "Gaussian",
+    "GaussianPrior",
+    "LinearIO",
+    "MargLikResult",
+    "curvature",
+    "data",
+    "effective_dimension",
+    "laplace",
+    "layers",
+    "log_marginal_likelihood",
+    "named_hyperparameters",
+    "named_weights",
+    "optimize_marglik",
+    "register_kfac_rule",
+    "testing",
+]
+
+_NAMESPACES = ("curvature", "data", "laplace", "layers", "testing")
+_HOMES = {
+    "Categorical": "margeq.likelihoods",
+    "Gaussian": "margeq.likelihoods",
+    "GaussianPrior": "margeq.priors",
+    "LinearIO": "margeq.curvature.io",
+    "MargLikResult": "margeq.training.result",
+    "effective_dimension": "margeq.effective_dim",
+    "log_marginal_likelihood": "margeq.laplace",
+    "named_hyperparameters": "margeq.parameters",
+    "named_weights": "margeq.parameters",
+    "optimize_marglik": "margeq.optimize",
+    "register_kfac_rule": "margeq.curvature.io",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use (PEP 562)."""
+    if name in _NAMESPACES:
+        return import_module(f"margeq.{name}")
+    if name in _HOMES:
+        # the rules of the built-in layers register themselves when the layers are imported
+        import_module("margeq.layers")
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'margeq' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Public names, imported or not."""
+    return sorted(__all__)

@@ -7,14 +7,14 @@ and resumed passes add up exactly; eigenvalues and logarithms come later.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
-from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 
-from margeq.batches import Batch, map_tensors, read_batches
+from margeq import layers as _layers  # noqa: F401  registers the rules of all layers
+from margeq.batches import Batch, read_batches
 from margeq.curvature.capture import (
     Use,
     backpropagate,
@@ -24,14 +24,14 @@ from margeq.curvature.capture import (
     require_batch_axis,
     require_rules,
 )
-from margeq.curvature.io import Layout
+from margeq.curvature.factors import FactorSums, InputCovCache
 from margeq.curvature.kron import BlockKron
 from margeq.curvature.options import EvidenceFlavour, KfacOptions
-from margeq.curvature.roots import Root, TraceHistogram, kept_columns, packing_point
-from margeq.curvature.sampling import checksum, sample_keys, sample_positions
+from margeq.curvature.packing import ColumnPlan, kept_columns, regrouped
+from margeq.curvature.sampling import checksum, reseeded, sample_keys
 from margeq.errors import NonFiniteError
 from margeq.likelihoods import Likelihood, as_likelihood
-from margeq.linalg import accumulation_dtype, gram
+from margeq.linalg import accumulation_dtype, is_finite
 from margeq.parameters import named_weights
 
 __all__ = ["CurvatureState", "InputCovCache", "accumulate", "accumulate_with"]
@@ -58,17 +58,6 @@ class CurvatureState:
     flavour: EvidenceFlavour
     captured_trace: float = 1.0
     checksum: int = 0
-
-
-@dataclass
-class InputCovCache:
-    """Input factors of layers that read the data directly, kept while the data stay the same.
-
-    A pass with another checksum than the stored one is repeated without the cache.
-    """
-
-    checksum: int | None = None
-    factors: dict[str, _Factors] = field(default_factory=dict)
 
 
 def accumulate(
@@ -137,65 +126,23 @@ def accumulate_with(
     def batches() -> Iterable[Batch]:
         return read_batches(loader, device, batch_fn)
 
+    run = _Pass(model, weights, likelihood, options, cache)
     with eval_mode(model), torch.enable_grad():
-        threshold, captured = _threshold(model, batches(), likelihood, options)
-        run = _Pass(model, weights, likelihood, options, threshold, cache)
-        for batch in batches():
-            run.add(batch)
+        if options.hessian_root == "adaptive":
+            run.add_largest_columns(batches)
+        else:
+            run.add_all_columns(batches())
     if cache is not None and cache.checksum not in (None, run.checksum):
         cache.checksum, cache.factors = None, {}
         return accumulate_with(
             model, loader, likelihood, options, parameters=parameters, batch_fn=batch_fn
         )
     label = "all" if parameters == "all" else repr(sorted(parameters))
-    return run.state(options.flavour(type(likelihood).__name__, label), captured)
-
-
-def _threshold(
-    model: nn.Module, batches: Iterable[Batch], likelihood: Likelihood, options: KfacOptions
-) -> tuple[float | None, float]:
-    """Norm above which the adaptive root keeps a column, from a forward pass over all data."""
-    if options.hessian_root != "adaptive":
-        return None, 1.0
-    histogram = TraceHistogram()
-    with torch.no_grad():
-        for batch in batches:
-            outputs = forward(model, batch.inputs)
-            likelihood.check_targets(outputs, batch.targets)
-            histogram.add(likelihood.root(outputs).square_norms())
-    return histogram.threshold(options.captured_trace)
-
-
-class _Factors:
-    """Running sums of one weight tensor."""
-
-    def __init__(self) -> None:
-        self.grad_cov: Tensor | None = None
-        self.input_cov: Tensor | None = None
-        self.n_shared: Tensor | None = None
-        self.layout: Layout = "obi"
-        self.resolution = 0.0
-        self.is_bias = False
-        self.from_data: bool | None = None
-
-    def take_inputs(self, other: _Factors) -> None:
-        self.input_cov, self.n_shared = other.input_cov, other.n_shared
-        self.layout, self.is_bias, self.resolution = other.layout, other.is_bias, other.resolution
-
-    def add_inputs(self, cov: Tensor, n_shared: int) -> None:
-        self.resolution = max(self.resolution, torch.finfo(cov.dtype).eps)
-        cov = cov.to(accumulation_dtype(cov.device))
-        self.input_cov = cov if self.input_cov is None else self.input_cov + cov
-        count = torch.tensor(float(n_shared), dtype=cov.dtype, device=cov.device)
-        self.n_shared = count if self.n_shared is None else self.n_shared + count
-
-    def add_grads(self, cov: Tensor) -> None:
-        cov = cov.to(accumulation_dtype(cov.device))
-        self.grad_cov = cov if self.grad_cov is None else self.grad_cov + cov
+    return run.state(options.flavour(type(likelihood).__name__, label))
 
 
 class _Pass:
-    """The sums of one pass over the data."""
+    """The sums of one evaluation of the curvature."""
 
     def __init__(
         self,
@@ -203,31 +150,73 @@ class _Pass:
         weights: Mapping[str, nn.Parameter],
         likelihood: Likelihood,
         options: KfacOptions,
-        threshold: float | None,
         cache: InputCovCache | None,
     ) -> None:
         self._model, self._weights = model, weights
         self._likelihood, self._options = likelihood, options
-        self._threshold, self._cache = threshold, cache
-        self._factors = {name: _Factors() for name in weights}
+        self._sums = FactorSums(weights, options, cache)
         self._fit: Tensor | None = None
         self._n_data = 0
+        self._captured = 1.0
         self.checksum = 0
 
-    def add(self, batch: Batch) -> None:
-        """Add one batch: forward, input factors, then one backward pass per column."""
-        keys = sample_keys(batch.inputs, self._options.seed)
-        self.checksum = (self.checksum + checksum(sample_keys(batch.inputs))) % 2**63
-        with record(self._model, self._weights) as uses:
-            outputs = forward(self._model, batch.inputs)
-        require_batch_axis(uses, len(batch))
-        self._add_fit(outputs, batch)
-        self._add_inputs(uses, batch, keys)
-        self._add_columns(outputs, uses, batch, keys)
+    def add_all_columns(self, batches: Iterable[Batch]) -> None:
+        """For each batch: forward, input factors, then one backward pass per column."""
+        mc = self._options.hessian_root == "mc"
+        for batch in batches:
+            keys = sample_keys(batch.inputs)
+            outputs, uses = self._recorded(batch.inputs)
+            self._add_data(batch, keys, outputs, uses)
+            draws = reseeded(keys, self._options.seed) if mc else None
+            root = self._likelihood.root(outputs.detach(), draws, self._options.mc_samples)
+            everyone = torch.arange(len(batch), device=outputs.device)
+            for v in range(root.n_columns):
+                column = root.columns(everyone, torch.full_like(everyone, v))
+                self._add_column(outputs, uses, column)
 
-    def _add_fit(self, outputs: Tensor, batch: Batch) -> None:
+    def add_largest_columns(self, batches: Callable[[], Iterable[Batch]]) -> None:
+        """Input factors and the norms of all columns first, then the columns that are kept."""
+        plan = ColumnPlan(self._options.captured_trace)
+        with torch.no_grad():
+            for batch in batches():
+                keys = sample_keys(batch.inputs)
+                outputs, uses = self._recorded(batch.inputs)
+                self._add_data(batch, keys, outputs, uses)
+                plan.add(keys, self._likelihood.root(outputs).square_norms())
+        plan.close()
+        self._captured = plan.captured
+        for inputs in regrouped((b.inputs, self._counts(plan, b.inputs)) for b in batches()):
+            self._add_group(inputs, plan.threshold)
+
+    def _counts(self, plan: ColumnPlan, inputs: Any) -> Tensor:
+        """Number of columns that each datum keeps, also of data that change from pass to pass."""
+        counts = plan.counts(sample_keys(inputs))
+        if (counts >= 0).all():
+            return counts
+        with torch.no_grad():
+            root = self._likelihood.root(forward(self._model, inputs))
+        return kept_columns(root, plan.threshold)[1]
+
+    def _add_group(self, inputs: Any, threshold: float) -> None:
+        """The kept columns of data that keep about equally many."""
+        outputs, uses = self._recorded(inputs)
+        root = self._likelihood.root(outputs.detach())
+        order, counts = kept_columns(root, threshold)
+        everyone = torch.arange(len(order), device=order.device)
+        for rank in range(int(counts.max())):
+            column = root.columns(everyone, order[:, rank])
+            self._add_column(outputs, uses, torch.where((counts > rank)[:, None], column, 0.0))
+
+    def _recorded(self, inputs: Any) -> tuple[Tensor, list[Use]]:
+        with record(self._model, self._weights) as uses:
+            outputs = forward(self._model, inputs)
+        return outputs, uses
+
+    def _add_data(self, batch: Batch, keys: Tensor, outputs: Tensor, uses: Sequence[Use]) -> None:
+        """Counts, fit term and input factors of one batch."""
+        require_batch_axis(uses, len(batch))
         targets = self._likelihood.check_targets(outputs, batch.targets)
-        if not torch.isfinite(outputs).all():
+        if not is_finite(outputs.detach()):
             raise NonFiniteError(
                 f"batch {batch.index}: the model's outputs are not finite; the weights have "
                 f"diverged, lower the learning rate"
@@ -236,109 +225,19 @@ class _Pass:
         fit = fit.to(accumulation_dtype(fit.device))
         self._fit = fit if self._fit is None else self._fit + fit
         self._n_data += len(batch)
+        self.checksum = (self.checksum + checksum(keys)) % 2**63
+        self._sums.add_inputs(uses, batch.inputs, reseeded(keys, self._options.seed))
 
-    def _add_inputs(self, uses: Sequence[Use], batch: Batch, keys: Tensor) -> None:
-        means: dict[str, list[tuple[Tensor, int]]] = {}
-        for use in uses:
-            from_data = isinstance(batch.inputs, Tensor) and _same_memory(use.x, batch.inputs)
-            if from_data and self._cached(use):
-                continue
-            for local, rows in use.rule.inputs(use.layer, use.x, self._sampler(use, keys)).items():
-                if local not in use.names:
-                    continue
-                name = use.names[local]
-                factors = self._factors[name]
-                factors.layout, factors.is_bias = rows.layout, rows.is_bias
-                factors.from_data = from_data and factors.from_data is not False
-                values = _promoted(rows.rows)
-                if self._reduces(name):
-                    means.setdefault(name, []).append((values.sum(1), rows.n_positions))
-                else:
-                    scale = rows.n_positions / rows.rows.shape[1]
-                    factors.add_inputs(scale * gram(values), len(batch) * rows.n_positions)
-        for name, parts in means.items():
-            mean = torch.stack([total for total, _ in parts]).sum(0) / sum(t for _, t in parts)
-            self._factors[name].add_inputs(gram(mean[:, None]), len(batch))
-
-    def _cached(self, use: Use) -> bool:
-        if self._cache is None or self._cache.checksum is None:
-            return False
-        if any(name not in self._cache.factors for name in use.names.values()):
-            return False
-        for name in use.names.values():
-            self._factors[name].take_inputs(self._cache.factors[name])
-        return True
-
-    def _sampler(self, use: Use, keys: Tensor) -> Callable[[int], Tensor | None]:
-        fraction = self._options.position_fraction
-        stream = 2 + crc32(use.prefix.encode()) % 2**24
-        # means over positions need all of them
-        if fraction >= 1.0 or any(self._options.approx_of(n) == "reduce" for n in use.names.values()):
-            return lambda _: None
-        return lambda n_positions: sample_positions(keys, stream, n_positions, fraction)
-
-    def _reduces(self, name: str) -> bool:
-        if self._factors[name].is_bias:
-            return self._options.bias_approx == "exact"
-        return self._options.approx_of(name) == "reduce"
-
-    def _add_columns(
-        self, outputs: Tensor, uses: Sequence[Use], batch: Batch, keys: Tensor
-    ) -> None:
-        mc = self._options.hessian_root == "mc"
-        flat = outputs.detach()
-        root = self._likelihood.root(flat, keys if mc else None, self._options.mc_samples)
-        everyone = torch.arange(len(batch), device=outputs.device)
-        if self._threshold is None:
-            for v in range(root.n_columns):
-                column = root.columns(everyone, torch.full_like(everyone, v))
-                self._add_backward(outputs, uses, column)
-            return
-        order, counts = kept_columns(root, self._threshold)
-        packed_from = packing_point(counts, root.n_columns)
-        for rank in range(packed_from):
-            mask = (counts > rank)[:, None]
-            column = root.columns(everyone, order[:, rank])
-            self._add_backward(outputs, uses, torch.where(mask, column, 0.0))
-        self._add_packed(root, order, counts, packed_from, batch)
-
-    def _add_packed(
-        self, root: Root, order: Tensor, counts: Tensor, first_rank: int, batch: Batch
-    ) -> None:
-        """Columns of few data: repeat those data as a batch of their own, one column each."""
-        ranks = torch.arange(order.shape[1], device=order.device)
-        pairs = ((ranks >= first_rank) & (ranks < counts[:, None])).nonzero()
-        for chunk in pairs.split(len(batch)) if len(pairs) else ():
-            data, rank = chunk[:, 0], chunk[:, 1]
-            inputs = map_tensors(lambda t, data=data: t[data], batch.inputs)
-            with record(self._model, self._weights) as uses:
-                outputs = forward(self._model, inputs)
-            self._add_backward(outputs, uses, root.columns(data, order[data, rank]))
-
-    def _add_backward(self, outputs: Tensor, uses: Sequence[Use], column: Tensor) -> None:
+    def _add_column(self, outputs: Tensor, uses: Sequence[Use], column: Tensor) -> None:
         grads = backpropagate(outputs, uses, column.reshape(outputs.shape))
-        sums: dict[str, Tensor] = {}
-        for use, grad in zip(uses, grads, strict=True):
-            if grad is None:
-                continue
-            by_name = use.rule.output_grads(use.layer, use.x, grad[None])
-            for local, name in use.names.items():
-                values = _promoted(by_name[local][0])
-                if self._reduces(name):
-                    total = values.sum(1, keepdim=True)
-                    sums[name] = sums[name] + total if name in sums else total
-                else:
-                    self._factors[name].add_grads(gram(values))
-        for name, total in sums.items():
-            self._factors[name].add_grads(gram(total))
+        self._sums.add_gradients(uses, grads)
 
-    def state(self, flavour: EvidenceFlavour, captured: float) -> CurvatureState:
+    def state(self, flavour: EvidenceFlavour) -> CurvatureState:
         """The finished sums."""
-        self._fill_cache()
         fit = self._fit
         assert fit is not None
         return CurvatureState(
-            kron={name: self._kron(name) for name in self._weights},
+            kron=self._sums.finish(self.checksum),
             fit=fit,
             n_data=self._n_data,
             square_norms={
@@ -346,38 +245,6 @@ class _Pass:
                 for name, weight in self._weights.items()
             },
             flavour=flavour,
-            captured_trace=captured,
+            captured_trace=self._captured,
             checksum=self.checksum,
         )
-
-    def _fill_cache(self) -> None:
-        if self._cache is None or self._cache.checksum is not None:
-            return
-        self._cache.checksum = self.checksum
-        self._cache.factors = {name: f for name, f in self._factors.items() if f.from_data}
-
-    def _kron(self, name: str) -> BlockKron:
-        factors = self._factors[name]
-        if factors.input_cov is None or factors.grad_cov is None:
-            return self._empty(name)
-        assert factors.n_shared is not None
-        return BlockKron(
-            factors.grad_cov, factors.input_cov, factors.n_shared, factors.layout, factors.resolution
-        )
-
-    def _empty(self, name: str) -> BlockKron:
-        """Zero curvature of a weight that the network does not use, e.g. of an off path."""
-        weight = self._weights[name]
-        dtype = accumulation_dtype(weight.device)
-        zeros = torch.zeros(weight.numel(), 1, 1, dtype=dtype, device=weight.device)
-        return BlockKron(zeros, zeros, zeros.sum())
-
-
-def _same_memory(x: Tensor, data: Tensor) -> bool:
-    return x.data_ptr() == data.data_ptr() and x.shape == data.shape
-
-
-def _promoted(values: Tensor) -> Tensor:
-    """Half precision as float32, the least that factors are formed in."""
-    half = values.dtype in (torch.float16, torch.bfloat16)
-    return values.detach().float() if half else values.detach()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from margeq.curvature.sampling import tensors_of
 from margeq.errors import DataError
+from margeq.linalg import is_finite
 
-__all__ = ["Batch", "map_tensors", "read_batches"]
+__all__ = ["Batch", "concatenate", "map_tensors", "read_batches", "signature"]
 
 BatchFunction = Callable[[Any], tuple[Any, Any]]
 
@@ -44,6 +45,29 @@ def map_tensors(function: Callable[[Tensor], Tensor], inputs: Any) -> Any:
     if isinstance(inputs, (list, tuple)):
         return tuple(map_tensors(function, value) for value in inputs)
     return inputs
+
+
+def concatenate(inputs: Sequence[Any]) -> Any:
+    """One model input from several of one :func:`signature`, joined along the data axis."""
+    first = inputs[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(inputs))
+    if isinstance(first, Mapping):
+        return {key: concatenate([part[key] for part in inputs]) for key in first}
+    if isinstance(first, (list, tuple)):
+        return tuple(map(concatenate, zip(*inputs, strict=True)))
+    return first
+
+
+def signature(inputs: Any) -> object:
+    """What has to agree between model inputs that are joined along the data axis."""
+    if isinstance(inputs, Tensor):
+        return inputs.shape[1:], inputs.dtype
+    if isinstance(inputs, Mapping):
+        return {key: signature(value) for key, value in inputs.items()}
+    if isinstance(inputs, (list, tuple)):
+        return [signature(value) for value in inputs]
+    return id(inputs)
 
 
 def read_batches(
@@ -89,7 +113,7 @@ def _check(batch: Batch) -> None:
                 f"batch {batch.index}: inputs {tuple(tensor.shape)} and targets "
                 f"{tuple(batch.targets.shape)} differ in their first axis, the data axis"
             )
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             where = (~torch.isfinite(tensor)).nonzero()[0].tolist()
             raise DataError(
                 f"batch {batch.index}, index {where[0]}, feature {tuple(where[1:])}: input is "

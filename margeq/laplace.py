@@ -161,7 +161,7 @@ def hyper_gradient(
     finally:
         for name, leaf in leaves.items():
             leaf.requires_grad_(flags[name])
-    return float(value), dict(zip(leaves, grads, strict=True))
+    return float(value.detach()), dict(zip(leaves, grads, strict=True))
 
 
 def _require_same_weights(spectrum: Spectrum, prior: GaussianPrior) -> None:

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import margeq.layers  # noqa: F401  registers the rules
+from margeq.curvature.io import registered_types
+from tests.layer_cases import LAYER_CASES
+
 PACKAGE = Path(__file__).parent.parent / "margeq"
 
 LAYOUT = [
@@ -15,7 +19,7 @@ LAYOUT = [
     ["parameters", "curvature", "batches"],
     ["layers"],
     ["likelihoods", "priors"],
-    ["accumulation", "laplace", "effective_dimension"],
+    ["accumulation", "laplace", "effective_dim"],
     ["optimize", "training", "checkpoint", "distributed", "callbacks"],
     ["convert", "models", "data"],
     ["report", "integrations", "testing", "cli", "demo", "__init__", "__main__"],
@@ -101,3 +105,10 @@ def test_no_import_cycle():
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail("import cycle: " + " -> ".join(error.args[1]))
+
+
+def test_every_registered_layer_type_has_a_case():
+    # layer types that other tests register are their own business
+    ours = {t for t in registered_types() if t.__module__.split(".")[0] in ("margeq", "torch")}
+    covered = {type(case.make()) for case in LAYER_CASES}
+    assert ours <= covered, f"add a LayerCase for {ours - covered} to tests/layer_cases.py"

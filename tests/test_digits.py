@@ -133,3 +133,12 @@ def test_canvas_without_room_still_asks_for_the_digit():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ConfigError, match=message):
         place_digits(**arguments)
+
+
+def test_standardising_uses_the_training_pictures_alone():
+    task = place_digits("digit")
+    standard = task.standardised()
+    assert float(standard.train_images.mean()) == pytest.approx(0.0, abs=1e-5)
+    assert float(standard.train_images.std()) == pytest.approx(1.0, abs=1e-5)
+    mean, deviation = task.train_images.mean(), task.train_images.std()
+    assert torch.equal(standard.test_images, (task.test_images - mean) / deviation)

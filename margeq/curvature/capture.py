@@ -32,7 +32,8 @@ class Use:
         rule: its curvature rule.
         names: local parameter name -> name of the weight in the model.
         x: the module's input.
-        y: the module's output, a node of the autograd graph.
+        y: the module's output, a node of the autograd graph. Without a graph its values may be
+            overwritten by an in-place activation.
     """
 
     prefix: str
@@ -123,8 +124,8 @@ class _Recorder:
                 f"to one tensor; freeze it or exclude it with parameters=[...]"
             )
         self.uses.append(Use(self.prefix, layer, self.rule, self.names, x.detach(), y))
-        # a copy goes on, so that an in-place activation cannot overwrite what we keep
-        return y.clone()
+        # a copy goes on, so that an in-place activation cannot overwrite what we differentiate by
+        return y.clone() if y.requires_grad else y
 
 
 def require_batch_axis(uses: Sequence[Use], n_data: int) -> None:
@@ -147,9 +148,7 @@ def backpropagate(outputs: Tensor, uses: Sequence[Use], column: Tensor) -> list[
     targets = [use.y for use in uses]
     if not (targets and outputs.requires_grad):
         return [None] * len(uses)
-    return list(
-        torch.autograd.grad(outputs, targets, column, retain_graph=True, allow_unused=True)
-    )
+    return list(torch.autograd.grad(outputs, targets, column, retain_graph=True, allow_unused=True))
 
 
 def check_rules(model: nn.Module, weights: Mapping[str, nn.Parameter], inputs: Any) -> None:

@@ -164,9 +164,7 @@ def _split(rule: KfacRule) -> Rule:
             # the output's shape is only known to the layer, so ask it once, without columns
             y = layer.forward(x)
         no_columns = torch.zeros((0, *y.shape), dtype=y.dtype, device=y.device)
-        return {
-            name: _subsample(io, sampler) for name, io in rule(layer, x, no_columns).items()
-        }
+        return {name: _subsample(io, sampler) for name, io in rule(layer, x, no_columns).items()}
 
     def output_grads(layer: nn.Module, x: Tensor, grad_y: Tensor) -> dict[str, Tensor]:
         return {name: io.output_grads for name, io in rule(layer, x, grad_y).items()}

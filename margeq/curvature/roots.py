@@ -19,8 +19,6 @@ __all__ = [
     "Root",
     "SoftmaxRoot",
     "TraceHistogram",
-    "kept_columns",
-    "packing_point",
 ]
 
 _MC_STREAM = 1
@@ -186,21 +184,8 @@ class TraceHistogram:
         kept = self._trace.flip(0).cumsum(0) / total
         reached = int((kept >= min(share, float(kept[-1]))).nonzero()[0])
         lowest_bin = self._BINS - 1 - reached
-        edge = 0.0 if lowest_bin == 0 else 2.0 ** ((lowest_bin + self._LOWEST) / self._PER_OCTAVE)
+        if lowest_bin == 0:
+            return 0.0, float(kept[reached])
+        # norms exactly on the edge (every column of a Gaussian root) belong to the bin
+        edge = 2.0 ** ((lowest_bin + self._LOWEST) / self._PER_OCTAVE) * (1.0 - 1e-9)
         return edge, float(kept[reached])
-
-
-def kept_columns(root: Root, threshold: float) -> tuple[Tensor, Tensor]:
-    """Columns of each datum by falling norm ``[n, v]``, and how many pass the threshold ``[n]``."""
-    norms = root.square_norms()
-    return norms.argsort(dim=1, descending=True, stable=True), (norms > threshold).sum(1)
-
-
-def packing_point(counts: Tensor, n_columns: int) -> int:
-    """Number of columns worth a backward pass of the whole batch.
-
-    A pass over the whole batch costs one backward per datum. A column on a batch of its own costs
-    a forward and a backward, so whole passes pay while at least half of the data need them.
-    """
-    users = (counts[:, None] > torch.arange(n_columns, device=counts.device)).sum(0)
-    return int((2 * users >= len(counts)).sum())

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from margeq.errors import DataError
 
-__all__ = ["checksum", "normals", "sample_keys", "sample_positions", "tensors_of", "uniforms"]
+__all__ = [
+    "checksum",
+    "normals",
+    "reseeded",
+    "sample_keys",
+    "sample_positions",
+    "tensors_of",
+    "uniforms",
+]
 
 # odd 64-bit constants of the splitmix64 generator (Steele, Lea & Flood 2014), as signed integers
 _GOLDEN = -7046029254386353131
@@ -34,10 +42,15 @@ def tensors_of(inputs: Any) -> list[Tensor]:
 def sample_keys(inputs: Any, seed: int = 0) -> Tensor:
     """One 64-bit key per datum, from its content and ``seed`` alone. Shape ``[n]``."""
     tensors = tensors_of(inputs)
-    keys = torch.full((len(tensors[0]),), seed, dtype=torch.int64, device=tensors[0].device)
+    keys = torch.zeros(len(tensors[0]), dtype=torch.int64, device=tensors[0].device)
     for tensor in tensors:
         keys = _mix(keys + _content(tensor))
-    return keys
+    return reseeded(keys, seed)
+
+
+def reseeded(keys: Tensor, seed: int) -> Tensor:
+    """Other keys for each seed; seed 0 keeps them."""
+    return _mix(keys + seed) if seed else keys
 
 
 def checksum(keys: Tensor) -> int:

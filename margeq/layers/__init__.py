@@ -6,4 +6,4 @@ from margeq.layers.factored import FactoredLinear2d
 from margeq.layers.pathways import ResidualPathways
 from margeq.layers.pooling import PolyphaseSubsample
 
-__all__ = ["FactoredLinear2d", "Linear2d", "PolyphaseSubsample", "ResidualPathways"]
+__all__ = ["FactoredLinear2d", "Linear2d", "PolyphaseSubsample", "ResidualPathways", "_convolution"]

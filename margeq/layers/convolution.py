@@ -24,14 +24,18 @@ _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 def _inputs(layer: _Conv, x: Tensor, sampler: PositionSampler) -> Mapping[str, InputRows]:
-    patches, out_shape = _patches(layer, _padded(layer, x))
+    padded = _padded(layer, x)
+    patches, out_shape = _patches(layer, padded)
     n_positions = out_shape.numel()
     positions = sampler(n_positions)
-    rows = _all_rows(patches) if positions is None else _rows_at(patches, positions, out_shape)
+    if positions is None:
+        rows = _all_rows(patches)
+    else:
+        rows = _rows_at(padded, patches, positions, out_shape)
     found = {"weight": InputRows(rows, n_positions, "boi")}
     if layer.bias is not None:
-        found["bias"] = bias_rows(len(x), n_positions, layer.groups, x)
-        found["bias"] = InputRows(found["bias"].rows, n_positions, "boi", is_bias=True)
+        # one block for all groups: exact, and no larger than that of a dense convolution
+        found["bias"] = bias_rows(len(x), n_positions, 1, x)
     return found
 
 
@@ -40,14 +44,15 @@ def _output_grads(layer: _Conv, x: Tensor, grad_y: Tensor) -> Mapping[str, Tenso
     blocks = layer.groups
     grads = grad_y.reshape(v, n, blocks, layer.out_channels // blocks, -1)
     grads = grads.permute(0, 1, 4, 2, 3)
-    return {"weight": grads, "bias": grads}
+    return {"weight": grads, "bias": grads.flatten(3)[:, :, :, None]}
 
 
 def _padded(layer: _Conv, x: Tensor) -> Tensor:
     # the same pads that the module itself applies for every mode but zeros
     pads = layer._reversed_padding_repeated_twice
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    return nn.functional.pad(x, pads, mode=mode) if any(pads) else x.contiguous()
+    padded = nn.functional.pad(x, pads, mode=mode) if any(pads) else x
+    return padded.contiguous()  # padding keeps channels_last, whose strides _rows_at cannot use
 
 
 def _patches(layer: _Conv, x: Tensor) -> tuple[Tensor, torch.Size]:
@@ -79,18 +84,33 @@ def _all_rows(patches: Tensor) -> Tensor:
     n_axes = (patches.ndim - 3) // 2
     axes = list(range(patches.ndim))
     order = [1, *axes[2 : 3 + n_axes], 0, *axes[3 + n_axes :]]
-    columns = patches.permute(order).reshape(blocks, patches[0, 0, ..., *[0] * n_axes].numel(), n, -1)
+    columns = patches.permute(order).reshape(
+        blocks, patches[0, 0, ..., *[0] * n_axes].numel(), n, -1
+    )
     return columns.permute(2, 3, 0, 1)
 
 
-def _rows_at(patches: Tensor, positions: Tensor, out_shape: torch.Size) -> Tensor:
-    """``[n, m, b, i]``: patches at a sample of positions of each datum, gathered directly."""
+def _rows_at(x: Tensor, patches: Tensor, positions: Tensor, out_shape: torch.Size) -> Tensor:
+    """``[n, m, b, i]``: patches at a sample of positions of each datum, gathered directly.
+
+    Gathers from the flat memory of ``x``, of which ``patches`` is a view: indexing the view itself
+    is three times slower.
+    """
     n, blocks = patches.shape[:2]
     n_axes = len(out_shape)
-    data = torch.arange(n, device=patches.device)[:, None]
-    where = torch.unravel_index(positions, out_shape)
-    positions_first = patches.movedim(list(range(-n_axes, 0)), list(range(1, 1 + n_axes)))
-    return positions_first[data, *where].reshape(n, positions.shape[1], blocks, -1)
+    offsets = _offsets(patches[0, ..., *[0] * n_axes]).reshape(blocks, -1)
+    starts = _offsets(patches[0, 0, 0, *[0] * n_axes]).flatten()[positions]
+    starts = starts + _offsets(patches[(slice(None), *[0] * (patches.ndim - 1))])[:, None]
+    index = starts[:, :, None, None] + offsets
+    return x.flatten().index_select(0, index.flatten()).reshape(index.shape)
+
+
+def _offsets(view: Tensor) -> Tensor:
+    """Memory offset of each entry of a view from its first one, in the view's shape."""
+    offsets = torch.zeros((), dtype=torch.long, device=view.device)
+    for extent, stride in zip(view.shape, view.stride(), strict=True):
+        offsets = offsets[..., None] + stride * torch.arange(extent, device=view.device)
+    return offsets
 
 
 register_split_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, rule=Rule(_inputs, _output_grads))

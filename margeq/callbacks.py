@@ -1,0 +1,93 @@
+"""Callbacks: any function of an :class:`margeq.training.history.Event`.
+
+The library never prints; progress on a terminal is a callback like any other.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from margeq.errors import ConfigError
+from margeq.training.history import Callback, Event
+
+__all__ = ["Callback", "Event", "JsonlCallback", "RichProgress", "progress_callback"]
+
+
+class JsonlCallback:
+    """Append every event as one JSON line.
+
+    Args:
+        path: file to append to; its folder must exist.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+
+    def __call__(self, event: Event) -> None:
+        """Write one line."""
+        line = json.dumps({"event": event.kind, **event.data}, default=float)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+class RichProgress:
+    """One progress bar per run on standard error, with loss and log marginal likelihood."""
+
+    def __init__(self) -> None:
+        # imported here: rich is only needed when somebody watches
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=Console(stderr=True),
+        )
+        self._task: Any = None
+        self._loss = ""
+        self._evidence = ""
+
+    def __enter__(self) -> Self:
+        """Start drawing."""
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop drawing."""
+        self._progress.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Follow the run."""
+        if event.kind == "start":
+            label = f"{event.data.get('title', '')} {event.data['start']}".strip()
+            self._loss = self._evidence = ""
+            self._task = self._progress.add_task(label, total=event.data["n_epochs"], status="")
+        elif event.kind == "epoch":
+            self._loss = f"loss {event.data['loss']:.3f}"
+            self._progress.update(self._task, advance=1, status=f"{self._loss}  {self._evidence}")
+        elif event.kind == "update":
+            self._evidence = f"log marginal likelihood {event.data['log_marginal_likelihood']:.0f}"
+
+
+def progress_callback(progress: str) -> RichProgress | None:
+    """The progress callback of a name: ``"auto"`` draws on a terminal only.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
+    if progress not in ("auto", "rich", "none"):
+        raise ConfigError(f"progress={progress!r}: use 'auto', 'rich' or 'none'")
+    wanted = progress == "rich" or (progress == "auto" and sys.stderr.isatty())
+    return RichProgress() if wanted else None

@@ -1,0 +1,339 @@
+"""Which path did each layer choose, and how much of it: effective parameters and verdicts.
+
+Raw effective parameters alone mislead: a path with a thousandth of the function variance can hold
+most of them, so the table shows four columns beside each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from margeq.batches import Batch
+from margeq.curvature.capture import eval_mode, forward
+from margeq.laplace import Spectrum, effective_parameters
+from margeq.likelihoods import Likelihood
+from margeq.parameters import path_prefixes
+from margeq.priors import GaussianPrior
+
+__all__ = [
+    "OFF_SHARE",
+    "SELECTED_SHARE",
+    "EffectiveDimension",
+    "PathRow",
+    "TensorRow",
+    "effective_dimension",
+    "function_variances",
+    "shares",
+]
+
+OFF_SHARE = 0.01
+SELECTED_SHARE = 0.9
+
+Variances = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """One weight tensor.
+
+    Attributes:
+        name: tensor.
+        layer: layer it belongs to.
+        path: candidate path, or ``""`` outside of path sums.
+        parameters: ``P``.
+        prior_precision: ``delta``, in 1 / weight^2.
+        effective: ``gamma``, between 0 and ``P``.
+        frozen: not trained, so without curvature and prior.
+    """
+
+    name: str
+    layer: str
+    path: str
+    parameters: int
+    prior_precision: float
+    effective: float
+    frozen: bool = False
+
+    @property
+    def normalised(self) -> float:
+        """``gamma / P``."""
+        return self.effective / self.parameters if self.parameters else 0.0
+
+
+@dataclass(frozen=True)
+class PathRow:
+    """One candidate path of one layer, or a layer without candidate paths.
+
+    Attributes:
+        layer: layer name.
+        path: path name, ``""`` for a layer without candidate paths.
+        parameters: ``P`` of weights and biases.
+        prior_precision: geometric mean over the path's weight tensors.
+        effective: raw ``gamma`` of weights and biases.
+        normalised: mean ``gamma / P`` over the path's weight tensors (biases left out).
+        relative: share of ``normalised`` among the layer's paths (ELLA D.2).
+        function_share: share of the variance over the data of the path outputs.
+        prior_share: share of the prior function variance, relative to function scale.
+        verdict: ``"selected"``, ``"mixed"``, ``"off"``, ``"frozen"``, or ``""`` without candidates.
+    """
+
+    layer: str
+    path: str
+    parameters: int
+    prior_precision: float
+    effective: float
+    normalised: float
+    relative: float
+    function_share: float
+    prior_share: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class EffectiveDimension:
+    """The learned-symmetry table; ``print`` it, or read ``paths``, ``tensors`` and ``selected``."""
+
+    paths: tuple[PathRow, ...]
+    tensors: tuple[TensorRow, ...]
+    selected: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, layer: str, path: str) -> PathRow:
+        """The row of one path.
+
+        Raises:
+            KeyError: if there is no such row.
+        """
+        for row in self.paths:
+            if (row.layer, row.path) == (layer, path):
+                return row
+        raise KeyError((layer, path))
+
+    @property
+    def layers(self) -> dict[str, float]:
+        """Raw effective parameters per layer."""
+        totals: dict[str, float] = {}
+        for row in self.paths:
+            totals[row.layer] = totals.get(row.layer, 0.0) + row.effective
+        return totals
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "paths": [asdict(row) for row in self.paths],
+            "tensors": [asdict(row) | {"normalised": row.normalised} for row in self.tensors],
+            "selected": dict(self.selected),
+        }
+
+    def __str__(self) -> str:
+        """A fixed-width table."""
+        header = (
+            f"{'layer':<16} {'path':<8} {'parameters':>10} {'prior prec.':>11} {'effective':>10} "
+            f"{'eff./P':>7} {'relative':>8} {'function':>8}  verdict"
+        )
+        lines = [header, "-" * len(header)]
+        for r in self.paths:
+            lines.append(
+                f"{r.layer:<16} {r.path:<8} {r.parameters:>10,} {r.prior_precision:>11.3g} "
+                f"{r.effective:>10.1f} {r.normalised:>7.1%} {r.relative:>8.1%} "
+                f"{r.function_share:>8.1%}  {r.verdict}"
+            )
+        return "\n".join(lines)
+
+
+def function_variances(
+    model: nn.Module, batches: Iterable[Batch], max_data: int | None = None
+) -> Variances:
+    """Variance over the data of each path's output, summed over output elements.
+
+    Evaluation mode, after path scaling and pooling; a switched-off path has variance 0.
+
+    Args:
+        model: with or without path sums.
+        batches: checked batches.
+        max_data: stop after this many data.
+
+    Returns:
+        layer -> path -> variance.
+    """
+    prefixes = path_prefixes(model)
+    moments = {p: _Moments() for named in prefixes.values() for p in named.values()}
+    if not moments:
+        return {}
+    handles = [model.get_submodule(p).register_forward_hook(m.add) for p, m in moments.items()]
+    seen = 0
+    try:
+        with eval_mode(model), torch.no_grad():
+            for batch in batches:
+                forward(model, batch.inputs)
+                seen += len(batch)
+                if max_data is not None and seen >= max_data:
+                    break
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        layer: {
+            path: moments[prefix].variance() * model.get_submodule(layer).scale ** 2
+            for path, prefix in named.items()
+        }
+        for layer, named in prefixes.items()
+    }
+
+
+class _Moments:
+    """Running first and second moments of a module's output, per element."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._sum: Tensor | float = 0.0
+        self._squares: Tensor | float = 0.0
+        self._shift: Tensor | None = None
+
+    def add(self, module: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
+        values = y.detach().double()
+        if self._shift is None:
+            # moments about the first datum: no cancellation for large means
+            self._shift = values[:1].clone()
+        centred = values - self._shift
+        self._count += len(values)
+        self._sum = self._sum + centred.sum(0)
+        self._squares = self._squares + centred.square().sum(0)
+
+    def variance(self) -> float:
+        if not self._count or not isinstance(self._sum, Tensor):
+            return 0.0
+        mean = self._sum / self._count
+        return float((self._squares / self._count - mean.square()).clamp_min(0.0).sum())
+
+
+def shares(variances: Variances) -> Variances:
+    """Each path's share of its layer's summed variances."""
+    found = {}
+    for layer, by_path in variances.items():
+        total = sum(by_path.values())
+        found[layer] = {path: v / total if total > 0 else 0.0 for path, v in by_path.items()}
+    return found
+
+
+def effective_dimension(
+    model: nn.Module,
+    spectrum: Spectrum,
+    prior: GaussianPrior,
+    likelihood: Likelihood,
+    variances: Variances,
+) -> EffectiveDimension:
+    """Effective parameters per tensor, layer and path, and a verdict per path.
+
+        gamma_t = sum lambda / (lambda + delta)      (ELLA eqs. 43-45, MacKay 1992)
+
+    Args:
+        model: the trained model.
+        spectrum: of a curvature pass at the same weights.
+        prior: precisions.
+        likelihood: noise and temperature.
+        variances: from :func:`function_variances`.
+
+    Returns:
+        Rows per tensor and path; ``selected`` names the path with the largest function share of
+        each layer.
+    """
+    tensors = _tensor_rows(model, effective_parameters(spectrum, prior, likelihood), prior)
+    by_share = shares(variances)
+    rows: list[PathRow] = []
+    for layer in dict.fromkeys(row.layer for row in tensors):
+        members = [row for row in tensors if row.layer == layer]
+        rows.extend(_path_rows(layer, members, prior, by_share.get(layer, {})))
+    selected = {layer: max(s, key=lambda p: s[p]) for layer, s in by_share.items()}
+    return EffectiveDimension(tuple(rows), tuple(tensors), selected)
+
+
+def _tensor_rows(
+    model: nn.Module, gammas: Mapping[str, Tensor], prior: GaussianPrior
+) -> list[TensorRow]:
+    rows = []
+    for name, parameter in model.named_parameters():
+        layer, path = _place(model, name)
+        known = name in gammas
+        if not known and parameter.requires_grad:
+            continue  # trained, but excluded from the Laplace approximation
+        precision = float(prior.log_precision_of(name).exp()) if known else float("nan")
+        gamma = float(gammas[name]) if known else 0.0
+        rows.append(
+            TensorRow(name, layer, path, parameter.numel(), precision, gamma, frozen=not known)
+        )
+    return rows
+
+
+def _place(model: nn.Module, tensor: str) -> tuple[str, str]:
+    """Layer and path of a tensor; the outermost path sum is the layer."""
+    for layer, named in path_prefixes(model).items():
+        for path, prefix in named.items():
+            if tensor.startswith(f"{prefix}."):
+                return layer, path
+    return tensor.rpartition(".")[0], ""
+
+
+def _path_rows(
+    layer: str, tensors: list[TensorRow], prior: GaussianPrior, by_share: Mapping[str, float]
+) -> list[PathRow]:
+    paths = list(by_share) or [""]
+    members = {path: [t for t in tensors if t.path == path] for path in paths}
+    weights = {path: _without_biases(members[path]) for path in paths}
+    normalised = {p: _mean([t.normalised for t in weights[p]]) for p in paths}
+    prior_variance = {p: _prior_variance(weights[p], prior) for p in paths}
+    total, prior_total = sum(normalised.values()), sum(prior_variance.values())
+    return [
+        PathRow(
+            layer=layer,
+            path=path,
+            parameters=sum(t.parameters for t in members[path]),
+            prior_precision=_geometric_mean([t.prior_precision for t in weights[path]]),
+            effective=sum(t.effective for t in members[path]),
+            normalised=normalised[path],
+            relative=normalised[path] / total if total > 0 else 0.0,
+            function_share=by_share.get(path, 1.0),
+            prior_share=prior_variance[path] / prior_total if prior_total > 0 else 0.0,
+            verdict=_verdict(path, members[path], by_share),
+        )
+        for path in paths
+    ]
+
+
+def _verdict(path: str, tensors: list[TensorRow], by_share: Mapping[str, float]) -> str:
+    if tensors and all(t.frozen for t in tensors):
+        return "frozen"
+    if not by_share:
+        return ""
+    share = by_share[path]
+    if share < OFF_SHARE:
+        return "off"
+    others_off = all(other < OFF_SHARE for name, other in by_share.items() if name != path)
+    return "selected" if share >= SELECTED_SHARE and others_off else "mixed"
+
+
+def _without_biases(tensors: list[TensorRow]) -> list[TensorRow]:
+    weights = [t for t in tensors if not t.name.rpartition(".")[2].startswith("bias")]
+    return weights or tensors
+
+
+def _prior_variance(tensors: list[TensorRow], prior: GaussianPrior) -> float:
+    """Prior function variance of a path, as a multiple of its function-scale start."""
+    log_variance = 0.0
+    for t in tensors:
+        if not t.frozen:
+            group = prior.groups[t.name]
+            log_variance += prior.log_center[group] - float(prior.log_prior_precision[group])
+    return float(torch.tensor(log_variance, dtype=torch.float64).exp())
+
+
+def _geometric_mean(values: list[float]) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).log().mean().exp()) if values else 0.0
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

@@ -1,0 +1,5 @@
+"""Whole networks."""
+
+from margeq.models.digits import digit_network
+
+__all__ = ["digit_network"]

@@ -1,0 +1,305 @@
+"""The one call: train a model and learn its hyperparameters from the training data alone."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from margeq.batches import read_batches
+from margeq.callbacks import Callback, Event, progress_callback
+from margeq.curvature.options import KfacOptions
+from margeq.effective_dim import function_variances
+from margeq.errors import ConfigError, ConvergenceWarning, CurvatureError
+from margeq.laplace import hyper_gradient
+from margeq.likelihoods import Likelihood, as_likelihood
+from margeq.parameters import named_hyperparameters
+from margeq.priors import GaussianPrior
+from margeq.training.guards import (
+    Rewind,
+    deterministic_algorithms,
+    random_devices,
+    transaction,
+)
+from margeq.training.history import History
+from margeq.training.problem import Problem, Schedule, first_look
+from margeq.training.result import Diagnostics, MargLikResult, Restart
+from margeq.training.run import Outcome, run
+from margeq.training.starts import Start, resolve_starts
+
+__all__ = ["MargLikResult", "optimize_marglik"]
+
+_SETTLED_SLOPE = 0.01
+"""Nats per datum and epoch above which the evidence is still on its way."""
+
+
+def optimize_marglik(
+    model: nn.Module,
+    train_loader: Iterable[Any],
+    *,
+    likelihood: str | Likelihood = "classification",
+    prior: str | Mapping[str, str] | GaussianPrior = "layerwise",
+    marglik_loader: Iterable[Any] | None = None,
+    n_epochs: int = 300,
+    n_epochs_burnin: int = 10,
+    marglik_frequency: int = 5,
+    n_hypersteps: int = 20,
+    optimizer_cls: type[Optimizer] = Adam,
+    optimizer_kwargs: Mapping[str, Any] | None = None,
+    scheduler_cls: Callable[..., Any] | None = None,
+    scheduler_kwargs: Mapping[str, Any] | None = None,
+    lr_hyp: float = 0.1,
+    prior_prec_init: str | float | Mapping[str, float] = "function-scale",
+    sigma_noise_init: float = 1.0,
+    temperature: float = 1.0,
+    hyper_solver: str = "mackay",
+    hyperparameters: Sequence[Tensor] = (),
+    parameters: str | Sequence[str] = "all",
+    curvature: str | KfacOptions = "kfac",
+    backend: str = "margeq",
+    hessian_root: str = "adaptive",
+    mc_samples: int = 1,
+    kfac_approx: str | Mapping[str, str] = "expand",
+    restarts: str | Sequence[str] = "auto",
+    batch_fn: Callable[[Any], tuple[Any, Any]] | None = None,
+    deterministic: bool = False,
+    checkpoint_dir: str | None = None,
+    resume: bool = True,
+    callbacks: Sequence[Callback] = (),
+    progress: str = "auto",
+    seed: int | None = None,
+) -> MargLikResult:
+    """Train ``model`` and learn prior precisions and noise by the Laplace marginal likelihood.
+
+    Alternates MAP steps on the weights (proximal in the optimizer's metric) with evidence steps
+    on the hyperparameters (ELLA section 4, Immer et al. 2021). The kept weights are those of the
+    highest evidence over all restarts and updates. On any failure model, optimizer arguments and
+    random state are as before.
+
+    Args:
+        model: any module whose trainable tensors have curvature rules; trained in place.
+        train_loader: re-iterable batches ``(inputs, targets)``.
+        likelihood: ``"classification"``, ``"regression"``, or a likelihood object (copied).
+        prior: structure of the precisions, or a :class:`margeq.GaussianPrior` (copied).
+        marglik_loader: data of the evidence, without augmentation; default ``train_loader``.
+        n_epochs: epochs of each run.
+        n_epochs_burnin: epochs before the first hyperparameter update.
+        marglik_frequency: epochs between updates; the last epoch always has one.
+        n_hypersteps: steps per update of ``"adam"`` and ``"lbfgs"``; MacKay takes three.
+        optimizer_cls: ``Adam``, ``AdamW`` or ``SGD``; others get an explicit L2 prior.
+        optimizer_kwargs: without ``weight_decay``; never changed.
+        scheduler_cls: learning-rate scheduler, stepped after every batch.
+        scheduler_kwargs: for it.
+        lr_hyp: step size of ``hyper_solver="adam"``, in log units.
+        prior_prec_init: ``"function-scale"``, a number, or one number per group.
+        sigma_noise_init: initial noise for ``"regression"``, in units of the targets.
+        temperature: ``T`` of the likelihood.
+        hyper_solver: ``"mackay"``, ``"adam"`` or ``"lbfgs"``.
+        hyperparameters: tensors inside the network; not available in this version.
+        parameters: ``"all"``, or names of the weights to integrate out; others are trained
+            without prior.
+        curvature: ``"kfac"``, or :class:`margeq.curvature.options.KfacOptions` for all details
+            (it then replaces ``hessian_root``, ``mc_samples`` and ``kfac_approx``).
+        backend: ``"margeq"``.
+        hessian_root: ``"adaptive"``, ``"exact"`` or ``"mc"``.
+        mc_samples: columns of the Monte-Carlo root.
+        kfac_approx: ``"expand"``, ``"reduce"``, or a mapping by layer name.
+        restarts: ``"auto"`` (the symmetric start, a free start, and each path alone; one run from
+            the current weights without candidate paths), or names of starts.
+        batch_fn: turns a batch into ``(inputs, targets)``.
+        deterministic: use PyTorch's deterministic algorithms meanwhile.
+        checkpoint_dir: not available in this version.
+        resume: for ``checkpoint_dir``.
+        callbacks: functions of an event.
+        progress: ``"auto"`` (a bar on a terminal), ``"rich"`` or ``"none"``.
+        seed: of starts and data order; ``None`` draws one from torch's random state.
+
+    Returns:
+        The result; ``model`` holds the kept weights, in the train/eval mode it had.
+
+    Raises:
+        ConfigError: for arguments that cannot work.
+        DataError: for data that cannot be used.
+        MissingRuleError: for a trainable tensor without a curvature rule.
+        CurvatureError: if every restart failed numerically.
+
+    Reference:
+        van der Ouderaa, Immer & van der Wilk 2023.
+
+    Example:
+        >>> import torch
+        >>> x = torch.linspace(-1, 1, 20)[:, None]
+        >>> result = optimize_marglik(
+        ...     torch.nn.Linear(1, 1), [(x, 2 * x)], likelihood="regression", n_epochs=200,
+        ...     optimizer_kwargs={"lr": 0.1}, seed=0)
+        >>> result.success
+        True
+    """
+    _check_arguments(n_epochs, n_epochs_burnin, marglik_frequency, n_hypersteps, lr_hyp)
+    _refuse_unavailable(model, hyperparameters, curvature, backend, checkpoint_dir)
+    likelihood_object = deepcopy(
+        as_likelihood(likelihood, sigma_noise=sigma_noise_init, temperature=temperature)
+    )
+    options = (
+        curvature
+        if isinstance(curvature, KfacOptions)
+        else KfacOptions(hessian_root, mc_samples, kfac_approx=kfac_approx)
+    )
+    schedule = Schedule(
+        n_epochs, n_epochs_burnin, marglik_frequency, n_hypersteps, lr_hyp, hyper_solver,
+        optimizer_cls, optimizer_kwargs, scheduler_cls, scheduler_kwargs,
+    )  # fmt: skip
+    starts = resolve_starts(model, restarts)
+    run_seed = int(torch.randint(2**31, ())) if seed is None else seed
+    bar = progress_callback(progress)
+    emit = _Fan([*callbacks, *([bar] if bar else [])])
+    with ExitStack() as stack:
+        stack.enter_context(transaction(model))
+        stack.enter_context(torch.random.fork_rng(devices=random_devices(model)))
+        stack.enter_context(deterministic_algorithms(deterministic))
+        if bar is not None:
+            stack.enter_context(bar)
+        problem = first_look(
+            model, train_loader, marglik_loader, batch_fn, likelihood_object, prior,
+            prior_prec_init, parameters, options, schedule, run_seed,
+        )  # fmt: skip
+        rewind = Rewind(model, (train_loader, marglik_loader))
+        outcomes = []
+        for start in starts:
+            rewind()
+            torch.manual_seed(run_seed)
+            emit(Event("start", {"start": start.name, "n_epochs": n_epochs}))
+            outcomes.append(_guarded_run(problem, start, emit))
+        return _finish(problem, outcomes, emit)
+
+
+def _check_arguments(
+    n_epochs: int, burnin: int, frequency: int, n_hypersteps: int, lr_hyp: float
+) -> None:
+    if n_epochs < 1 or frequency < 1 or n_hypersteps < 1 or burnin < 0:
+        raise ConfigError(
+            f"n_epochs={n_epochs}, marglik_frequency={frequency} and n_hypersteps={n_hypersteps} "
+            f"must be at least 1, n_epochs_burnin={burnin} at least 0"
+        )
+    if burnin > n_epochs:
+        raise ConfigError(
+            f"n_epochs_burnin={burnin} > n_epochs={n_epochs}: no hyperparameter would ever be "
+            f"learned; train longer or shorten the burn-in"
+        )
+    if not (lr_hyp > 0 and math.isfinite(lr_hyp)):
+        raise ConfigError(f"lr_hyp={lr_hyp} must be positive and finite")
+
+
+def _refuse_unavailable(
+    model: nn.Module,
+    hyperparameters: Sequence[Tensor],
+    curvature: str | KfacOptions,
+    backend: str,
+    checkpoint_dir: str | None,
+) -> None:
+    if len(hyperparameters) or named_hyperparameters(model):
+        raise ConfigError("hyperparameters inside the network are not available in this version")
+    if not (curvature == "kfac" or isinstance(curvature, KfacOptions)):
+        raise ConfigError(f"curvature={curvature!r}: this version has 'kfac'")
+    if backend != "margeq":
+        raise ConfigError(f"backend={backend!r}: this version has 'margeq'")
+    if checkpoint_dir is not None:
+        raise ConfigError("checkpoint_dir is not available in this version")
+
+
+class _Fan:
+    """Hands each event to all callbacks."""
+
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        self._callbacks = callbacks
+
+    def __call__(self, event: Event) -> None:
+        for callback in self._callbacks:
+            callback(event)
+
+
+def _guarded_run(problem: Problem, start: Start, emit: Callback) -> Outcome:
+    """A numerically failed restart is listed, not fatal, as long as another one succeeds."""
+    try:
+        outcome = run(problem, start, emit)
+    except CurvatureError as error:
+        failed = History()
+        outcome = Outcome(
+            start.name, -math.inf, 0, {}, problem.prior, problem.likelihood, None, failed, error
+        )
+    value = outcome.log_marginal_likelihood
+    emit(Event("end", {"start": start.name, "log_marginal_likelihood": value}))
+    return outcome
+
+
+def _finish(problem: Problem, outcomes: list[Outcome], emit: Callback) -> MargLikResult:
+    kept = max(outcomes, key=lambda outcome: outcome.log_marginal_likelihood)
+    if kept.spectrum is None:
+        assert kept.error is not None
+        raise kept.error
+    problem.model.load_state_dict(kept.state_dict)
+    for parameter in problem.model.parameters():
+        parameter.grad = None
+    batches = read_batches(problem.marglik_loader, problem.device, problem.batch_fn)
+    diagnostics = _diagnostics(problem, outcomes, kept)
+    settled = abs(diagnostics.slope) < _SETTLED_SLOPE
+    message = (
+        "the evidence has settled"
+        if settled
+        else f"the evidence still moves by {diagnostics.slope:.2g} nats per datum and epoch; "
+        "train longer"
+    )
+    if not settled:
+        warnings.warn(message, ConvergenceWarning, stacklevel=3)
+    result = MargLikResult(
+        model=problem.model,
+        prior=kept.prior,
+        likelihood=kept.likelihood,
+        log_marginal_likelihood=kept.log_marginal_likelihood,
+        flavour=kept.spectrum.flavour,
+        n_data=kept.spectrum.n_data,
+        restarts=tuple(
+            Restart(
+                o.start,
+                o.log_marginal_likelihood,
+                o is kept,
+                "" if o.error is None else f"{type(o.error).__name__}: {o.error}",
+                o.history,
+            )
+            for o in outcomes
+        ),
+        diagnostics=diagnostics,
+        success=settled,
+        message=message,
+        n_iter=len(kept.history.losses),
+        spectrum=kept.spectrum,
+        variances=function_variances(problem.model, batches),
+    )
+    emit(Event("result", {"log_marginal_likelihood": result.log_marginal_likelihood}))
+    return result
+
+
+def _diagnostics(problem: Problem, outcomes: list[Outcome], kept: Outcome) -> Diagnostics:
+    assert kept.spectrum is not None
+    finished = [o.log_marginal_likelihood for o in outcomes if o.error is None]
+    at_bounds = kept.prior.at_bounds()
+    _, grads = hyper_gradient(kept.spectrum, kept.prior, kept.likelihood)
+    free = [float(g) for name, g in grads.items() if name not in at_bounds]
+    captured = next(u.captured_trace for u in kept.history.updates if u.epoch == kept.epoch)
+    return Diagnostics(
+        slope=kept.history.slope(problem.n_data),
+        gradient_norm=math.hypot(*free),
+        at_bounds=tuple(at_bounds),
+        clamped_eigenvalues=kept.spectrum.clamped,
+        captured_trace=captured,
+        restart_spread=max(finished) - min(finished),
+        held_norms=tuple(problem.invariant_units),
+        failed_restarts=tuple(o.start for o in outcomes if o.error is not None),
+    )

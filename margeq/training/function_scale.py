@@ -1,0 +1,119 @@
+"""Function scale: prior precisions under which every path starts with outputs of unit size.
+
+    delta_0 = fan_in * scale^2 / gain^2
+
+with ``gain^2 = 2`` for the last map before a rectifier and 1 otherwise, ``scale`` the factor of a
+path sum, and ``delta_0 = scale^2`` for biases (METHOD 3a). A path of 32,000 weights and one of 72
+then begin with the same output variance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from margeq.curvature.capture import Use, eval_mode, forward, record
+from margeq.parameters import matches, path_prefixes
+
+__all__ = ["FunctionScale", "function_scale"]
+
+_RECTIFIERS = (
+    "Relu", "LeakyRelu", "Threshold", "Gelu", "Silu", "Elu", "Hardtanh", "Softplus", "Mish",
+    "Hardswish", "Prelu",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FunctionScale:
+    """What one forward pass tells about each weight.
+
+    Attributes:
+        precision: function-scale prior precision per weight tensor.
+        is_bias: whether the tensor is a bias.
+        path_outputs: layer -> path -> tensors of the map that writes the path's output.
+    """
+
+    precision: dict[str, float]
+    is_bias: dict[str, bool]
+    path_outputs: dict[str, dict[str, tuple[str, ...]]]
+
+
+def function_scale(
+    model: nn.Module, weights: Mapping[str, nn.Parameter], inputs: Any
+) -> FunctionScale:
+    """Trace one batch in evaluation mode and derive the function scale of every weight.
+
+    Weights that the network does not use on this batch get precision 1.
+    """
+    with eval_mode(model), torch.enable_grad(), record(model, weights) as uses:
+        outputs = forward(model, inputs)
+    rectified = _before_rectifier(outputs, uses)
+    path_outputs, path_scales = _path_outputs(model, uses)
+    precision = dict.fromkeys(weights, 1.0)
+    is_bias = dict.fromkeys(weights, False)
+    for position, use in enumerate(uses):
+        rows = use.rule.inputs(use.layer, use.x[:1], lambda _: None)
+        for local, name in use.names.items():
+            is_bias[name] = rows[local].is_bias
+            first = local in getattr(use.layer, "first_factors", ())
+            gain = 2.0 if position in rectified and not first else 1.0
+            fan_in = 1.0 if is_bias[name] else rows[local].rows.shape[-1] / gain
+            precision[name] = fan_in * path_scales.get(name, 1.0) ** 2
+    return FunctionScale(precision, is_bias, path_outputs)
+
+
+def _path_outputs(
+    model: nn.Module, uses: list[Use]
+) -> tuple[dict[str, dict[str, tuple[str, ...]]], dict[str, float]]:
+    """Tensors of the last map in each path, and the factor with which they enter the sum."""
+    outputs: dict[str, dict[str, tuple[str, ...]]] = {}
+    scales: dict[str, float] = {}
+    for layer, prefixes in path_prefixes(model).items():
+        outputs[layer] = {}
+        for path, prefix in prefixes.items():
+            inside = [u for u in uses if u.prefix == prefix or matches(u.prefix, [prefix])]
+            last = inside[-1] if inside else None
+            first = getattr(last.layer, "first_factors", ()) if last else ()
+            names = last.names.items() if last else ()
+            outputs[layer][path] = tuple(name for local, name in names if local not in first)
+            for name in outputs[layer][path]:
+                scales[name] = scales.get(name, 1.0) * model.get_submodule(layer).scale
+    return outputs, scales
+
+
+def _before_rectifier(outputs: Tensor, uses: list[Use]) -> set[int]:
+    """Positions of the uses whose output reaches a rectifier before any other recorded map."""
+    recorded = {use.y.grad_fn: position for position, use in enumerate(uses)}
+    found: set[int] = set()
+    nodes = list(_ancestors([outputs.grad_fn], stop=()))
+    for node in nodes:
+        if _is_rectifier(node):
+            parents = [parent for parent, _ in node.next_functions]
+            for ancestor in _ancestors(parents, stop=recorded):
+                if ancestor in recorded:
+                    found.add(recorded[ancestor])
+    return found
+
+
+def _is_rectifier(node: Any) -> bool:
+    return node.name().removesuffix("0").removesuffix("Backward") in _RECTIFIERS
+
+
+def _ancestors(starts: Iterable[Any], stop: Iterable[Any]) -> Iterable[Any]:
+    """Nodes of the autograd graph above ``starts``; those in ``stop`` and rectifiers end a walk."""
+    seen: set[Any] = set()
+    stack = [node for node in starts if node is not None]
+    limited = bool(stop)
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        if limited and (node in stop or _is_rectifier(node)):
+            continue
+        stack.extend(parent for parent, _ in node.next_functions if parent is not None)

@@ -1,0 +1,77 @@
+"""What happened during training, update by update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["Event", "History", "Update"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a callback may want to know.
+
+    Attributes:
+        kind: ``"start"``, ``"epoch"``, ``"update"``, ``"switch"``, ``"end"`` or ``"result"``.
+        data: plain values, ready for JSON.
+    """
+
+    kind: str
+    data: dict[str, Any]
+
+
+Callback = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Update:
+    """One hyperparameter update.
+
+    Attributes:
+        epoch: epoch after which it took place, from 1.
+        log_marginal_likelihood: nats, total over the data, after the update.
+        log_likelihood: its fit term.
+        occam: its Occam term, never positive.
+        prior_precision: per group.
+        effective: effective parameters per tensor.
+        function_share: layer -> path -> share of function variance.
+        sigma_noise: noise standard deviation, ``None`` for classification.
+        captured_trace: share of the output Hessian's trace that the root kept.
+        clamped: eigenvalues that had to be set to zero.
+        seconds: wall time of curvature pass and hyperparameter steps.
+    """
+
+    epoch: int
+    log_marginal_likelihood: float
+    log_likelihood: float
+    occam: float
+    prior_precision: dict[str, float]
+    effective: dict[str, float]
+    function_share: dict[str, dict[str, float]]
+    sigma_noise: float | None
+    captured_trace: float
+    clamped: int
+    seconds: float
+
+
+@dataclass
+class History:
+    """Losses per epoch, updates, and paths switched on or off, of one run."""
+
+    losses: list[float] = field(default_factory=list)
+    updates: list[Update] = field(default_factory=list)
+    switches: list[dict[str, Any]] = field(default_factory=list)
+
+    def slope(self, n_data: int, last: int = 3) -> float:
+        """Change of the log evidence per datum and epoch over the last updates, in nats."""
+        recent = self.updates[-last:]
+        if len(recent) < 2 or recent[-1].epoch == recent[0].epoch:
+            return 0.0
+        rise = recent[-1].log_marginal_likelihood - recent[0].log_marginal_likelihood
+        return rise / (recent[-1].epoch - recent[0].epoch) / n_data
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)

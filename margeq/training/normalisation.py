@@ -1,0 +1,135 @@
+"""Scale-invariant weights: the trap between normalisation layers and weight priors.
+
+The loss does not change when weights before a train-mode BatchNorm or LayerNorm are scaled, so a
+prior would shrink them for ever and their precision would run away although the path is needed.
+Their norm is held at function scale instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from margeq.batches import map_tensors
+from margeq.curvature.capture import forward
+from margeq.training.function_scale import FunctionScale
+
+__all__ = ["HeldNorms", "scale_invariant_units"]
+
+_PROBE_ROWS = 32
+_FACTOR = 1.5
+
+
+class HeldNorms:
+    """Holds the joint norm of each scale-invariant unit at function scale.
+
+    Args:
+        units: groups of tensor names that the loss cannot tell from a common multiple.
+        weights: the tensors by name.
+        scale: function scale, which sets the norm ``sqrt(sum numel / delta_0)``.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[tuple[str, ...]],
+        weights: Mapping[str, nn.Parameter],
+        scale: FunctionScale,
+    ) -> None:
+        self._units = [[weights[name] for name in unit] for unit in units]
+        self._targets = [
+            sum(weights[name].numel() / scale.precision[name] for name in unit) ** 0.5
+            for unit in units
+        ]
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Rescale every unit to its norm; a unit of zeros stays as it is."""
+        for unit, target in zip(self._units, self._targets, strict=True):
+            norm = torch.stack([weight.square().sum() for weight in unit]).sum().sqrt()
+            factor = torch.where(norm > 0, target / norm.clamp_min(1e-30), 1.0)
+            for weight in unit:
+                weight.mul_(factor)
+
+
+def scale_invariant_units(
+    model: nn.Module, weights: Mapping[str, nn.Parameter], scale: FunctionScale, inputs: Any
+) -> list[tuple[str, ...]]:
+    """Find tensors, and whole path sums, whose common scale the training output ignores.
+
+    A functional test on a few rows in train mode; random state and buffers are left unchanged.
+    """
+    rows = map_tensors(lambda t: t[:_PROBE_ROWS], inputs)
+    with _undisturbed(model), torch.no_grad():
+        reference = _output(model, rows)
+        singles = [
+            (name,)
+            for name in weights
+            if not scale.is_bias[name] and _ignores_scale(model, rows, reference, [weights[name]])
+        ]
+        flagged = {name for unit in singles for name in unit}
+        sums = []
+        for outputs in scale.path_outputs.values():
+            unit = tuple(name for names in outputs.values() for name in names)
+            if unit and not flagged & set(unit):
+                tensors = [weights[name] for name in unit]
+                if _ignores_scale(model, rows, reference, tensors):
+                    sums.append(unit)
+    return [*singles, *sums]
+
+
+def _ignores_scale(
+    model: nn.Module, rows: Any, reference: Tensor, tensors: Sequence[Tensor]
+) -> bool:
+    scaled = _change_under(model, rows, reference, tensors, lambda t: t * _FACTOR)
+    if scaled > 1e-3:
+        return False
+    # a tensor that is not used at all ignores its scale too, and everything else
+    reversed_order = _change_under(model, rows, reference, tensors, _reversed)
+    return reversed_order > 10 * scaled + 1e-6
+
+
+def _reversed(tensor: Tensor) -> Tensor:
+    flipped = tensor.flatten().flip(0) * torch.linspace(
+        0.5, 1.5, tensor.numel(), device=tensor.device
+    )
+    return flipped.reshape(tensor.shape).to(tensor.dtype)
+
+
+def _change_under(
+    model: nn.Module, rows: Any, reference: Tensor, tensors: Sequence[Tensor], change: Any
+) -> float:
+    saved = [tensor.clone() for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.copy_(change(tensor))
+        difference = (_output(model, rows) - reference).norm()
+    finally:
+        for tensor, old in zip(tensors, saved, strict=True):
+            tensor.copy_(old)
+    return float(difference / reference.norm().clamp_min(1e-30))
+
+
+def _output(model: nn.Module, rows: Any) -> Tensor:
+    torch.manual_seed(0)  # the same dropout masks each time; the caller's state is forked
+    return forward(model, rows)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Train mode with flags, buffers and random state put back afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with torch.random.fork_rng():
+            model.train()
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+        with torch.no_grad():
+            for buffer, old in buffers:
+                buffer.copy_(old)

@@ -1,0 +1,147 @@
+"""The first look at model and data, before the first step: checks, counts and scales."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from margeq.accumulation import InputCovCache
+from margeq.batches import Batch, read_batches
+from margeq.curvature.capture import check_rules, eval_mode, forward, require_rules
+from margeq.curvature.options import KfacOptions
+from margeq.errors import ConfigError, DataError, DataWarning
+from margeq.likelihoods import Likelihood
+from margeq.parameters import named_weights
+from margeq.priors import GaussianPrior
+from margeq.training.function_scale import FunctionScale, function_scale
+from margeq.training.normalisation import scale_invariant_units
+
+__all__ = ["Problem", "Schedule", "first_look"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When and how steps are taken; see :func:`margeq.optimize_marglik`."""
+
+    n_epochs: int
+    n_epochs_burnin: int
+    marglik_frequency: int
+    n_hypersteps: int
+    lr_hyp: float
+    hyper_solver: str
+    optimizer_cls: type[Optimizer]
+    optimizer_kwargs: Mapping[str, Any] | None
+    scheduler_cls: Callable[..., Any] | None
+    scheduler_kwargs: Mapping[str, Any] | None
+
+    def is_due(self, epoch: int) -> bool:
+        """Whether hyperparameters are updated after this epoch, counted from 1."""
+        if epoch == self.n_epochs:
+            return True
+        return epoch >= self.n_epochs_burnin and epoch % self.marglik_frequency == 0
+
+    @property
+    def n_updates(self) -> int:
+        """Number of updates in a run."""
+        return sum(self.is_due(epoch) for epoch in range(1, self.n_epochs + 1))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What all restarts share: model, data, and what a first look at them found."""
+
+    model: nn.Module
+    weights: Mapping[str, nn.Parameter]
+    parameters: str | Sequence[str]
+    train_loader: Iterable[Any]
+    marglik_loader: Iterable[Any]
+    batch_fn: Callable[[Any], tuple[Any, Any]] | None
+    likelihood: Likelihood
+    prior: GaussianPrior
+    function_scale_prior: bool
+    scale: FunctionScale
+    invariant_units: list[tuple[str, ...]]
+    options: KfacOptions
+    schedule: Schedule
+    n_data: int
+    seed: int
+    cache: InputCovCache | None
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model."""
+        return next(self.model.parameters()).device
+
+
+def first_look(
+    model: nn.Module,
+    train_loader: Iterable[Any],
+    marglik_loader: Iterable[Any] | None,
+    batch_fn: Callable[[Any], tuple[Any, Any]] | None,
+    likelihood: Likelihood,
+    prior: str | Mapping[str, str] | GaussianPrior,
+    prior_prec_init: str | float | Mapping[str, float],
+    parameters: str | Sequence[str],
+    options: KfacOptions,
+    schedule: Schedule,
+    seed: int,
+) -> Problem:
+    """Check model and data once, before the first step, and measure what all runs need."""
+    weights = named_weights(model, parameters)
+    if not weights:
+        raise ConfigError("the model has no trainable weight to learn a prior for")
+    require_rules(model, weights)
+    device = next(model.parameters()).device
+    first, n_data = None, 0
+    for batch in read_batches(train_loader, device, batch_fn):
+        first = batch if first is None else first
+        n_data += len(batch)
+    if first is None:
+        raise DataError("loader yielded 0 samples")
+    _warn_unseen(train_loader, n_data)
+    _check_outputs(model, likelihood, first)
+    check_rules(model, weights, first.inputs)
+    scale = function_scale(model, weights, first.inputs)
+    by_function = isinstance(prior_prec_init, str)
+    if by_function and prior_prec_init != "function-scale":
+        raise ConfigError(f"prior_prec_init={prior_prec_init!r}: use 'function-scale' or numbers")
+    if isinstance(prior, GaussianPrior):
+        built, by_function = prior.copy(), False
+    else:
+        initial = 1.0 if isinstance(prior_prec_init, str) else prior_prec_init
+        built = GaussianPrior(model, prior, initial, parameters)
+    return Problem(
+        model, weights, parameters, train_loader,
+        train_loader if marglik_loader is None else marglik_loader,
+        batch_fn, likelihood, built, by_function, scale,
+        scale_invariant_units(model, weights, scale, first.inputs),
+        options, schedule, n_data, seed, InputCovCache(),
+    )  # fmt: skip
+
+
+def _warn_unseen(loader: Iterable[Any], n_data: int) -> None:
+    dataset = getattr(loader, "dataset", None)
+    if dataset is None or not hasattr(dataset, "__len__"):
+        return
+    unseen = len(dataset) - n_data
+    if unseen > 0:
+        warnings.warn(
+            f"{unseen} of {len(dataset)} samples unseen in a pass over the loader (drop_last or a "
+            f"partial sampler?); the evidence is that of {n_data} samples",
+            DataWarning,
+            stacklevel=4,
+        )
+
+
+def _check_outputs(model: nn.Module, likelihood: Likelihood, batch: Batch) -> None:
+    with eval_mode(model), torch.no_grad():
+        outputs = forward(model, batch.inputs)
+    if not isinstance(outputs, Tensor):
+        raise DataError(f"the model returned {type(outputs).__name__}, not a tensor")
+    likelihood.check_targets(outputs, batch.targets)

@@ -1,0 +1,132 @@
+"""MAP steps that treat the prior implicitly, in the optimizer's own metric.
+
+The optimizer sees the gradient ``g`` of the mean tempered negative log-likelihood only; after its
+step the weights are shrunk by the proximal map of the prior in the same metric,
+
+    Adam-like:  w <- (w - lr * m / d) / (1 + lr * delta / (N d)),   d = sqrt(v) + eps
+    SGD:        w <- (w - lr * b) / (1 + lr * c * delta / N),       c = (1 - damp) / (1 - momentum)
+
+so that the fixed point is the MAP, ``N g + delta w = 0``, and any ``delta`` is stable. Decoupled
+weight decay has another fixed point; explicit L2 diverges for large ``delta``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from margeq.errors import ConfigError, NumericalWarning
+
+__all__ = ["ProximalSteps", "build_optimizer"]
+
+Group = Mapping[str, Any]
+StepGain = Callable[[Optimizer, Group, nn.Parameter], "Tensor | float"]
+
+
+def build_optimizer(
+    optimizer_cls: type[Optimizer], parameters: list[nn.Parameter], kwargs: Mapping[str, Any] | None
+) -> Optimizer:
+    """Instantiate the user's optimizer without its own weight decay; ``kwargs`` stay untouched.
+
+    Raises:
+        ConfigError: for a weight decay, ``maximize``, a closure-based optimizer, or arguments that
+            the optimizer does not take.
+    """
+    options = dict(kwargs or {})
+    if options.get("weight_decay"):
+        raise ConfigError(
+            f"optimizer_kwargs has weight_decay={options['weight_decay']}; the prior precisions "
+            f"take its place and are learned, so leave it out"
+        )
+    try:
+        optimizer = optimizer_cls(parameters, **options)
+    except TypeError as error:
+        raise ConfigError(f"{optimizer_cls.__name__} does not take {options}: {error}") from error
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigError("LBFGS needs a closure over all data; use Adam or SGD for the MAP steps")
+    for group in optimizer.param_groups:
+        if group.get("maximize"):
+            raise ConfigError("optimizer_kwargs: maximize=True would climb the loss")
+        if "weight_decay" in group:  # e.g. the default of AdamW
+            group["weight_decay"] = 0.0
+    return optimizer
+
+
+class ProximalSteps:
+    """Steps of an optimizer on the log joint density of data and weights.
+
+    Args:
+        optimizer: holds the likelihood's gradients only.
+        weights: tensors that have a prior, by name.
+        n_data: ``N``, the number of data behind the mean loss.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, weights: Mapping[str, nn.Parameter], n_data: int
+    ) -> None:
+        self.optimizer = optimizer
+        self._names = {id(parameter): name for name, parameter in weights.items()}
+        self._n_data = n_data
+        self._gain = _STEP_GAINS.get(type(optimizer))
+        if self._gain is None:
+            warnings.warn(
+                f"the preconditioner of {type(optimizer).__name__} is not known; the prior enters "
+                f"as explicit L2, which is unstable for large precisions (use Adam, AdamW or SGD)",
+                NumericalWarning,
+                stacklevel=3,
+            )
+
+    @torch.no_grad()
+    def step(self, precisions: Mapping[str, float]) -> None:
+        """One step on gradients that are already there; ``precisions`` by weight name."""
+        if self._gain is None:
+            self._explicit(precisions)
+            self.optimizer.step()
+            return
+        self.optimizer.step()
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                name = self._names.get(id(parameter))
+                if name is None or parameter.grad is None:
+                    continue
+                gain = self._gain(self.optimizer, group, parameter)
+                strength = float(group["lr"]) * precisions[name] / self._n_data
+                parameter.div_(1.0 + strength * gain)
+
+    def forget(self, names: set[str]) -> None:
+        """Drop the optimizer's memory of some weights, e.g. of a path that starts anew."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if self._names.get(id(parameter)) in names:
+                    self.optimizer.state.pop(parameter, None)
+
+    def _explicit(self, precisions: Mapping[str, float]) -> None:
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                name = self._names.get(id(parameter))
+                if name is not None and parameter.grad is not None:
+                    parameter.grad.add_(parameter, alpha=precisions[name] / self._n_data)
+
+
+def _sgd_gain(optimizer: Optimizer, group: Group, parameter: nn.Parameter) -> float:
+    # a constant gradient g builds up the direction c g; Nesterov's has the same limit
+    return (1.0 - group["dampening"]) / (1.0 - group["momentum"]) if group["momentum"] else 1.0
+
+
+def _adam_gain(optimizer: Optimizer, group: Group, parameter: nn.Parameter) -> Tensor:
+    state = optimizer.state[parameter]
+    second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
+    correction = 1.0 - group["betas"][1] ** float(state["step"])
+    return 1.0 / ((second / correction).sqrt() + group["eps"])
+
+
+_STEP_GAINS: dict[type[Optimizer], StepGain] = {
+    SGD: _sgd_gain,
+    Adam: _adam_gain,
+    AdamW: _adam_gain,
+}

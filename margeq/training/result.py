@@ -1,0 +1,159 @@
+"""What :func:`margeq.optimize_marglik` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from margeq.curvature.options import EvidenceFlavour
+from margeq.effective_dim import EffectiveDimension, Variances, effective_dimension
+from margeq.errors import ConfigError
+from margeq.laplace import Spectrum
+from margeq.likelihoods import Likelihood
+from margeq.priors import GaussianPrior
+from margeq.training.history import History
+
+__all__ = ["Diagnostics", "MargLikResult", "Restart"]
+
+
+@dataclass(frozen=True)
+class Restart:
+    """One of the runs that were compared by evidence.
+
+    Attributes:
+        start: name of the start.
+        log_marginal_likelihood: nats, ``-inf`` for a failed run.
+        kept: whether the model holds this run's weights.
+        error: why it failed, empty otherwise.
+        history: losses, updates and switches.
+    """
+
+    start: str
+    log_marginal_likelihood: float
+    kept: bool
+    error: str
+    history: History
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """Numbers that tell whether to believe the evidence.
+
+    Attributes:
+        slope: change of the log evidence per datum and epoch over the last updates, in nats.
+        gradient_norm: norm of the evidence gradient in log precisions inside their bounds.
+        at_bounds: groups whose precision sits at a bound.
+        clamped_eigenvalues: eigenvalues that had to be set to zero at the kept state.
+        captured_trace: share of the output Hessian's trace behind the kept evidence.
+        restart_spread: best minus worst evidence over finished restarts, in nats.
+        held_norms: scale-invariant tensors whose norm was held.
+        failed_restarts: starts that ended in an error.
+    """
+
+    slope: float
+    gradient_norm: float
+    at_bounds: tuple[str, ...]
+    clamped_eigenvalues: int
+    captured_trace: float
+    restart_spread: float
+    held_norms: tuple[tuple[str, ...], ...]
+    failed_restarts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MargLikResult:
+    """A trained model with learned hyperparameters, and how it came about.
+
+    Attributes:
+        model: the caller's model, holding the kept run's weights.
+        prior: learned precisions.
+        likelihood: learned noise, and temperature.
+        log_marginal_likelihood: nats, total over the data; larger is better.
+        flavour: how the evidence was approximated; values of other flavours do not compare.
+        n_data: number of data.
+        restarts: every run, kept or not, in the order in which they ran.
+        diagnostics: whether to believe it.
+        success: whether the kept run ended with a settled evidence.
+        message: the same in words.
+        n_iter: epochs of the kept run.
+    """
+
+    model: nn.Module
+    prior: GaussianPrior
+    likelihood: Likelihood
+    log_marginal_likelihood: float
+    flavour: EvidenceFlavour
+    n_data: int
+    restarts: tuple[Restart, ...]
+    diagnostics: Diagnostics
+    success: bool
+    message: str
+    n_iter: int
+    spectrum: Spectrum
+    variances: Variances
+
+    @property
+    def history(self) -> History:
+        """History of the kept run."""
+        return next(restart.history for restart in self.restarts if restart.kept)
+
+    @property
+    def selected(self) -> Mapping[str, str]:
+        """Layer -> path with the largest share of function variance."""
+        return self.effective_dimension().selected
+
+    def effective_dimension(self) -> EffectiveDimension:
+        """Effective parameters and verdict per tensor, layer and path."""
+        return effective_dimension(
+            self.model, self.spectrum, self.prior, self.likelihood, self.variances
+        )
+
+    def log_bayes_factor(self, other: MargLikResult) -> float:
+        """Difference of the log evidences in nats; positive prefers this result.
+
+        Raises:
+            FlavourMismatchError: if the two values were approximated differently.
+            ConfigError: if they are about different numbers of data.
+        """
+        self.flavour.require_same(other.flavour)
+        if self.n_data != other.n_data:
+            raise ConfigError(
+                f"evidence of {self.n_data} data against evidence of {other.n_data} data; "
+                f"compare models on the same data"
+            )
+        return self.log_marginal_likelihood - other.log_marginal_likelihood
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: everything but the tensors of the model."""
+        table = self.effective_dimension()
+        noise = {name: float(value.exp()) for name, value in _noise(self.likelihood).items()}
+        return {
+            "log_marginal_likelihood": self.log_marginal_likelihood,
+            "n_data": self.n_data,
+            "flavour": vars(self.flavour),
+            "success": self.success,
+            "message": self.message,
+            "n_iter": self.n_iter,
+            "selected": dict(table.selected),
+            "effective_dimension": table.to_dict(),
+            "prior_precision": {g: float(d) for g, d in self.prior.prior_precision.items()},
+            "likelihood": {"name": type(self.likelihood).__name__, **noise},
+            "diagnostics": vars(self.diagnostics),
+            "restarts": [
+                {
+                    "start": r.start,
+                    "log_marginal_likelihood": r.log_marginal_likelihood,
+                    "kept": r.kept,
+                    "error": r.error,
+                    "history": r.history.to_dict(),
+                }
+                for r in self.restarts
+            ],
+        }
+
+
+def _noise(likelihood: Likelihood) -> dict[str, Tensor]:
+    return {n.removeprefix("log_"): value for n, value in likelihood.hyperparameters.items()}

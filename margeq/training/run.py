@@ -1,0 +1,265 @@
+"""One training run from one start: MAP steps on the weights, evidence steps on the rest."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from margeq.accumulation import accumulate_with
+from margeq.batches import Batch, read_batches
+from margeq.curvature.capture import forward
+from margeq.effective_dim import function_variances, shares
+from margeq.errors import DataError, DeterminismWarning, NonFiniteError
+from margeq.laplace import Spectrum, decompose, effective_parameters, evidence
+from margeq.likelihoods import Gaussian, Likelihood
+from margeq.parameters import path_prefixes
+from margeq.priors import GaussianPrior
+from margeq.training.history import Callback, Event, History, Update
+from margeq.training.normalisation import HeldNorms
+from margeq.training.problem import Problem
+from margeq.training.proximal import ProximalSteps, build_optimizer
+from margeq.training.solvers import hyper_solver
+from margeq.training.starts import Start, apply_start, draw_path
+from margeq.training.switching import PathSwitch
+
+__all__ = ["Outcome", "run"]
+
+_SHARE_DATA = 1024
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The best state that a run saw, by evidence.
+
+    Attributes:
+        start: name of the start.
+        log_marginal_likelihood: nats; ``-inf`` if the run failed.
+        epoch: epoch of the best update.
+        state_dict: model state, off paths included.
+        prior: precisions, converged on the last curvature of the best state.
+        likelihood: noise and temperature.
+        spectrum: eigenvalues at the best state.
+        history: of the whole run.
+        error: why the run failed, or ``None``.
+    """
+
+    start: str
+    log_marginal_likelihood: float
+    epoch: int
+    state_dict: dict[str, Any]
+    prior: GaussianPrior
+    likelihood: Likelihood
+    spectrum: Spectrum | None
+    history: History
+    error: Exception | None = None
+
+
+def run(problem: Problem, start: Start, emit: Callback) -> Outcome:
+    """Train from one start; the model holds the last weights afterwards, the outcome the best.
+
+    Raises:
+        DataError: for batches that cannot be used, or a loader that changes its length.
+        NonFiniteError: if loss or evidence stop being finite.
+    """
+    trainer = _Run(problem, start, emit)
+    for epoch in range(1, problem.schedule.n_epochs + 1):
+        trainer.train_epoch(epoch)
+        if problem.schedule.is_due(epoch):
+            trainer.update(epoch)
+    return trainer.outcome()
+
+
+class _Run:
+    def __init__(self, problem: Problem, start: Start, emit: Callback) -> None:
+        self._p, self._start, self._emit = problem, start, emit
+        self._prior, self._likelihood = problem.prior.copy(), deepcopy(problem.likelihood)
+        model, weights, plan = problem.model, problem.weights, problem.schedule
+        apply_start(
+            model,
+            weights,
+            self._prior,
+            problem.scale,
+            start,
+            function_scale_prior=problem.function_scale_prior,
+            seed=problem.seed,
+        )
+        self._norms = HeldNorms(problem.invariant_units, weights, problem.scale)
+        self._norms.project()
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        optimizer = build_optimizer(plan.optimizer_cls, trainable, plan.optimizer_kwargs)
+        self._steps = ProximalSteps(optimizer, weights, problem.n_data)
+        kwargs = dict(plan.scheduler_kwargs or {})
+        self._scheduler = plan.scheduler_cls(optimizer, **kwargs) if plan.scheduler_cls else None
+        self._solver = hyper_solver(plan.hyper_solver, plan.n_hypersteps, plan.lr_hyp)
+        self._switch = PathSwitch(plan.n_updates)
+        self._history = History()
+        self._best: Outcome | None = None
+        self._checksum: int | None = None
+
+    # -- weights ---------------------------------------------------------------------------------
+
+    def train_epoch(self, epoch: int) -> None:
+        """One pass of MAP steps."""
+        model = self._p.model
+        if not model.training:
+            model.train()
+        precisions = {n: float(self._prior.log_precision_of(n).exp()) for n in self._p.weights}
+        total, seen = torch.zeros((), device=self._p.device), 0
+        for batch in read_batches(self._p.train_loader, self._p.device, self._p.batch_fn):
+            loss = self._step(batch, precisions)
+            total, seen = total + loss * len(batch), seen + len(batch)
+        self._check_epoch(epoch, total, seen)
+        self._history.losses.append(float(total) / seen)
+        self._emit(Event("epoch", {"epoch": epoch, "loss": self._history.losses[-1]}))
+
+    def _step(self, batch: Batch, precisions: Mapping[str, float]) -> Tensor:
+        self._steps.optimizer.zero_grad(set_to_none=True)
+        outputs = forward(self._p.model, batch.inputs)
+        targets = self._likelihood.check_targets(outputs, batch.targets)
+        loss = self._likelihood.loss(outputs, targets)
+        if loss.requires_grad:
+            loss.backward()
+        self._steps.step(precisions)
+        self._norms.project()
+        if self._scheduler is not None:
+            self._scheduler.step()
+        return loss.detach()
+
+    def _check_epoch(self, epoch: int, total: Tensor, seen: int) -> None:
+        if seen != self._p.n_data:
+            raise DataError(
+                f"epoch {epoch}: the training loader yielded {seen} samples, {self._p.n_data} in "
+                f"the first pass; it has to yield the same number in every pass"
+            )
+        if not math.isfinite(float(total)):
+            raise NonFiniteError(
+                f"epoch {epoch}: the training loss is {float(total)}; lower the learning rate "
+                f"(optimizer_kwargs={{'lr': ...}})"
+            )
+
+    # -- hyperparameters -------------------------------------------------------------------------
+
+    def update(self, epoch: int) -> None:
+        """One curvature pass and the hyperparameter steps on it."""
+        began = time.perf_counter()
+        spectrum, captured = self._curvature(epoch)
+        self._solver.refresh(spectrum, self._prior, self._likelihood)
+        terms = evidence(spectrum, self._prior, self._likelihood)
+        value = float(terms.total)
+        if not math.isfinite(value):
+            raise NonFiniteError(f"epoch {epoch}: the evidence is {value}; lower lr_hyp")
+        by_share = self._shares()
+        gammas = effective_parameters(spectrum, self._prior, self._likelihood)
+        noise = self._likelihood.sigma_noise if isinstance(self._likelihood, Gaussian) else None
+        update = Update(
+            epoch=epoch,
+            log_marginal_likelihood=value,
+            log_likelihood=float(terms.log_likelihood),
+            occam=float(terms.occam),
+            prior_precision={g: float(d) for g, d in self._prior.prior_precision.items()},
+            effective={name: float(gamma) for name, gamma in gammas.items()},
+            function_share=by_share,
+            sigma_noise=None if noise is None else float(noise),
+            captured_trace=captured,
+            clamped=spectrum.clamped,
+            seconds=time.perf_counter() - began,
+        )
+        self._history.updates.append(update)
+        self._keep_best(epoch, value, spectrum)
+        self._emit(Event("update", {"start": self._start.name, **vars(update)}))
+        if self._start.only is None and by_share:
+            self._switch_paths(epoch, by_share)
+
+    def _curvature(self, epoch: int) -> tuple[Spectrum, float]:
+        p = self._p
+        # other draws in every update: repeating one draw would not average out
+        options = replace(p.options, seed=crc32(f"{p.seed}:{epoch}".encode()))
+        state = accumulate_with(
+            p.model,
+            p.marglik_loader,
+            self._likelihood,
+            options,
+            parameters=p.parameters,
+            batch_fn=p.batch_fn,
+            cache=p.cache,
+        )
+        if self._checksum not in (None, state.checksum):
+            warnings.warn(
+                "the evidence was computed on other data than at the update before; pass "
+                "marglik_loader=... without augmentation and without drop_last",
+                DeterminismWarning,
+                stacklevel=2,
+            )
+        self._checksum = state.checksum
+        return decompose(state), state.captured_trace
+
+    def _shares(self) -> dict[str, dict[str, float]]:
+        p = self._p
+        batches = read_batches(p.marglik_loader, p.device, p.batch_fn)
+        return shares(function_variances(p.model, batches, _SHARE_DATA))
+
+    def _keep_best(self, epoch: int, value: float, spectrum: Spectrum) -> None:
+        if self._best is not None and value <= self._best.log_marginal_likelihood:
+            return
+        state = {k: v.clone() if isinstance(v, Tensor) else v for k, v in self._state().items()}
+        self._best = Outcome(
+            start=self._start.name,
+            log_marginal_likelihood=value,
+            epoch=epoch,
+            state_dict=state,
+            prior=self._prior.copy(),
+            likelihood=deepcopy(self._likelihood),
+            spectrum=spectrum,
+            history=self._history,
+        )
+
+    def _state(self) -> dict[str, Any]:
+        return self._p.model.state_dict()
+
+    # -- paths -----------------------------------------------------------------------------------
+
+    def _switch_paths(self, epoch: int, by_share: Mapping[str, Mapping[str, float]]) -> None:
+        model = self._p.model
+        active = {layer: model.get_submodule(layer).active for layer in by_share}
+        off, probe = self._switch.decide(by_share, active)
+        for layer, path in off:
+            model.get_submodule(layer).switch_off(path)
+            with torch.no_grad():
+                for name in self._tensors_of(layer, path):
+                    self._p.weights[name].zero_()
+        for layer, path in probe:
+            model.get_submodule(layer).switch_on(path)
+            names = self._tensors_of(layer, path)
+            relaxed = self._p.scale.path_outputs[layer][path]
+            seed = self._p.seed + epoch
+            draw_path(self._p.weights, names, self._prior, self._p.scale, relaxed, seed)
+            self._steps.forget(set(names))
+        for kind, changes in (("off", off), ("probe", probe)):
+            for layer, path in changes:
+                record = {"epoch": epoch, "layer": layer, "path": path, "to": kind}
+                self._history.switches.append(record)
+                self._emit(Event("switch", record))
+
+    def _tensors_of(self, layer: str, path: str) -> list[str]:
+        prefix = path_prefixes(self._p.model)[layer][path]
+        return [name for name in self._p.weights if name.startswith(f"{prefix}.")]
+
+    # -- result ----------------------------------------------------------------------------------
+
+    def outcome(self) -> Outcome:
+        """The best state, with its hyperparameters converged on its own curvature."""
+        best = self._best
+        assert best is not None
+        assert best.spectrum is not None
+        self._solver.converge(best.spectrum, best.prior, best.likelihood)
+        value = float(evidence(best.spectrum, best.prior, best.likelihood).total)
+        return replace(best, log_marginal_likelihood=value)

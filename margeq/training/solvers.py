@@ -1,0 +1,232 @@
+"""Inner solvers: many cheap hyperparameter steps on the eigenvalues of one curvature pass."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from copy import deepcopy
+
+import numpy as np
+import torch
+from torch import nn
+
+from margeq.errors import ConfigError, CurvatureError, NumericalWarning
+from margeq.laplace import Spectrum, effective_parameters, evidence, hyper_gradient
+from margeq.likelihoods import Gaussian, Likelihood
+from margeq.priors import GaussianPrior
+
+__all__ = ["HyperSolver", "hyper_solver", "mackay_step"]
+
+_LOG_NOISE_RANGE = 17.0
+_REJECTIONS = 6
+
+
+class HyperSolver(ABC):
+    """Moves prior precisions and noise up the evidence, in place."""
+
+    @abstractmethod
+    def refresh(self, spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood) -> None:
+        """A few steps after one curvature pass during training."""
+
+    @abstractmethod
+    def converge(self, spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood) -> None:
+        """As many steps as it takes, at the end of a run."""
+
+
+class MacKay(HyperSolver):
+    """Fixed point ``delta = gamma / |theta|^2``, ``sigma^2 = SSE / (N K - T gamma)``.
+
+    Args:
+        steps: iterations per refresh; three choose the same paths as twenty (METHOD 3a).
+    """
+
+    def __init__(self, steps: int = 3) -> None:
+        self._steps = steps
+
+    def refresh(self, spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood) -> None:
+        """Iterate a fixed number of times."""
+        for _ in range(self._steps):
+            mackay_step(spectrum, prior, likelihood)
+
+    def converge(self, spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood) -> None:
+        """Iterate until log precisions move by less than 1e-6."""
+        for _ in range(1000):
+            if mackay_step(spectrum, prior, likelihood) < 1e-6:
+                return
+
+
+class AdamSolver(HyperSolver):
+    """Adam on log precisions and log noise; its moments live on between refreshes.
+
+    A refresh that ends below where it began is taken back and repeated with half the step.
+
+    Args:
+        steps: steps per refresh.
+        lr: step size in log units.
+    """
+
+    def __init__(self, steps: int, lr: float) -> None:
+        self._steps, self._lr = steps, lr
+        self._vector: nn.Parameter | None = None
+        self._adam: torch.optim.Adam | None = None
+
+    def refresh(self, spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood) -> None:
+        """Take the steps, halving the step size until the evidence does not fall."""
+        before = float(evidence(spectrum, prior, likelihood).total)
+        saved = _read(prior, likelihood)
+        vector, adam = self._optimizer(len(saved))
+        memory = deepcopy(adam.state_dict())
+        for _ in range(_REJECTIONS):
+            for _ in range(self._steps):
+                self._step(vector, adam, spectrum, prior, likelihood)
+            after = float(evidence(spectrum, prior, likelihood).total)
+            if math.isfinite(after) and after >= before - 1e-9 * abs(before):
+                return
+            _write(saved, prior, likelihood)
+            adam.load_state_dict(deepcopy(memory))
+            self._lr *= 0.5
+            warnings.warn(
+                f"hyperparameter steps lowered the evidence from {before:.6g} to {after:.6g} and "
+                f"were taken back; step size halved to {self._lr:g}",
+                NumericalWarning,
+                stacklevel=2,
+            )
+        raise CurvatureError(
+            f"no hyperparameter step size down to {self._lr:g} raises the evidence; lower lr_hyp "
+            f"or use hyper_solver='mackay'"
+        )
+
+    def converge(self, spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood) -> None:
+        """Hand over to L-BFGS, which reaches the optimum that Adam approaches."""
+        Lbfgs().converge(spectrum, prior, likelihood)
+
+    def _optimizer(self, size: int) -> tuple[nn.Parameter, torch.optim.Adam]:
+        if self._vector is None or self._adam is None:
+            self._vector = nn.Parameter(torch.zeros(size, dtype=torch.float64))
+            self._adam = torch.optim.Adam([self._vector], lr=self._lr)
+        return self._vector, self._adam
+
+    def _step(
+        self,
+        vector: nn.Parameter,
+        adam: torch.optim.Adam,
+        spectrum: Spectrum,
+        prior: GaussianPrior,
+        likelihood: Likelihood,
+    ) -> None:
+        names = list(_read(prior, likelihood))
+        _, grads = hyper_gradient(spectrum, prior, likelihood)
+        with torch.no_grad():
+            vector.copy_(torch.tensor(list(_read(prior, likelihood).values())))
+        vector.grad = -torch.tensor([float(grads[name]) for name in names], dtype=vector.dtype)
+        adam.param_groups[0]["lr"] = self._lr
+        adam.step()
+        _write(dict(zip(names, vector.tolist(), strict=True)), prior, likelihood)
+
+
+class Lbfgs(HyperSolver):
+    """L-BFGS-B of scipy within the bounds of the log precisions.
+
+    Args:
+        steps: iterations per refresh.
+    """
+
+    def __init__(self, steps: int = 20) -> None:
+        self._steps = steps
+
+    def refresh(self, spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood) -> None:
+        """A limited number of iterations."""
+        self._minimise(spectrum, prior, likelihood, self._steps)
+
+    def converge(self, spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood) -> None:
+        """Until the gradient vanishes."""
+        self._minimise(spectrum, prior, likelihood, 1000)
+
+    def _minimise(
+        self, spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood, steps: int
+    ) -> None:
+        from scipy.optimize import minimize
+
+        start = _read(prior, likelihood)
+        names = list(start)
+
+        def negative(values: np.ndarray) -> tuple[float, np.ndarray]:
+            _write(dict(zip(names, values, strict=True)), prior, likelihood)
+            value, grads = hyper_gradient(spectrum, prior, likelihood)
+            return -value, -np.array([float(grads[name]) for name in names])
+
+        bounds = [
+            prior.bounds(name)
+            if name in prior.log_center
+            else (-_LOG_NOISE_RANGE, _LOG_NOISE_RANGE)
+            for name in names
+        ]
+        options = {"maxiter": steps, "ftol": 1e-14, "gtol": 1e-8}
+        values = np.array([start[name] for name in names])
+        found = minimize(
+            negative, values, jac=True, method="L-BFGS-B", bounds=bounds, options=options
+        )
+        _write(dict(zip(names, found.x, strict=True)), prior, likelihood)
+
+
+def mackay_step(spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood) -> float:
+    """One MacKay update of every precision and of the noise; returns the largest log change.
+
+    A group without weights or without effective parameters keeps, or runs to, its bound.
+    """
+    gammas = effective_parameters(spectrum, prior, likelihood)
+    updates = {}
+    for group, old in prior.log_prior_precision.items():
+        members = prior.members(group)
+        gamma = torch.stack([gammas[name] for name in members]).sum()
+        square_norm = torch.stack([spectrum.square_norms[name] for name in members]).sum()
+        if square_norm > 0:
+            updates[group] = gamma.log() - square_norm.log()
+        else:
+            updates[group] = old
+    before = _read(prior, likelihood)
+    prior.assign(updates)
+    if isinstance(likelihood, Gaussian):
+        _update_noise(spectrum, likelihood, sum(float(g) for g in gammas.values()))
+    after = _read(prior, likelihood)
+    return max((abs(after[name] - before[name]) for name in before), default=0.0)
+
+
+def _update_noise(spectrum: Spectrum, likelihood: Gaussian, gamma: float) -> None:
+    observations = spectrum.n_data * spectrum.fit.numel()
+    # more effective parameters than observations leave no noise to estimate: keep a floor
+    free = max(observations - likelihood.temperature * gamma, 1e-3 * observations)
+    squares = max(float(spectrum.fit.sum()), 1e-300)
+    _set_noise(likelihood, 0.5 * math.log(squares / free))
+
+
+def _set_noise(likelihood: Gaussian, log_sigma: float) -> None:
+    clamped = min(max(log_sigma, -_LOG_NOISE_RANGE), _LOG_NOISE_RANGE)
+    likelihood.log_sigma_noise = torch.tensor(clamped, dtype=torch.float64)
+
+
+def _read(prior: GaussianPrior, likelihood: Likelihood) -> dict[str, float]:
+    leaves = {**prior.log_prior_precision, **likelihood.hyperparameters}
+    return {name: float(value) for name, value in leaves.items()}
+
+
+def _write(values: dict[str, float], prior: GaussianPrior, likelihood: Likelihood) -> None:
+    prior.assign({name: v for name, v in values.items() if name in prior.log_prior_precision})
+    if isinstance(likelihood, Gaussian):
+        _set_noise(likelihood, values["log_sigma_noise"])
+
+
+def hyper_solver(name: str, steps: int, lr: float) -> HyperSolver:
+    """The solver of a name.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
+    if name == "mackay":
+        return MacKay()
+    if name == "adam":
+        return AdamSolver(steps, lr)
+    if name == "lbfgs":
+        return Lbfgs(steps)
+    raise ConfigError(f"hyper_solver={name!r}: use 'mackay', 'adam' or 'lbfgs'")

@@ -1,0 +1,171 @@
+"""Where a run starts: weights, precisions and switched-off paths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from zlib import crc32
+
+import torch
+from torch import nn
+
+from margeq.errors import ConfigError
+from margeq.parameters import path_prefixes
+from margeq.priors import GaussianPrior
+from margeq.training.function_scale import FunctionScale
+
+__all__ = ["RELAXATION", "Start", "apply_start", "draw_path", "resolve_starts"]
+
+RELAXATION = 100.0
+"""Near the symmetric limit, less constrained paths have 1/100 of the function variance."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """One way to begin.
+
+    Attributes:
+        name: ``"symmetric"``, ``"free"``, ``"current"`` or ``"only:<path>"``.
+        near_symmetric: less constrained paths start near zero.
+        draw: draw new weights; ``False`` keeps the model's own.
+        only: the single path that is on in every layer that has it.
+    """
+
+    name: str
+    near_symmetric: bool = False
+    draw: bool = True
+    only: str | None = None
+
+
+def resolve_starts(model: nn.Module, restarts: str | Sequence[str]) -> list[Start]:
+    """Starts by name; ``"auto"`` is symmetric, free and each path alone, in this order.
+
+    Without candidate paths ``"auto"`` is a single run from the model's current weights.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
+    layers = path_prefixes(model)
+    paths = list(dict.fromkeys(path for named in layers.values() for path in named))
+    if restarts == "auto":
+        alone = [f"only:{path}" for path in paths] if len(paths) > 1 else []
+        names = ["symmetric", "free", *alone] if alone else ["symmetric" if paths else "current"]
+    else:
+        names = [restarts] if isinstance(restarts, str) else list(restarts)
+    if not names:
+        raise ConfigError("restarts is empty; use 'auto', 'symmetric', or a list of starts")
+    return [_start(name, paths) for name in names]
+
+
+def _start(name: str, paths: Sequence[str]) -> Start:
+    known = {
+        "symmetric": Start("symmetric", near_symmetric=True),
+        "free": Start("free"),
+        "current": Start("current", draw=False),
+    } | {f"only:{path}": Start(f"only:{path}", only=path) for path in paths}
+    if name not in known:
+        raise ConfigError(f"restarts: unknown start {name!r}; this model has {', '.join(known)}")
+    return known[name]
+
+
+def apply_start(
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    prior: GaussianPrior,
+    scale: FunctionScale,
+    start: Start,
+    *,
+    function_scale_prior: bool,
+    seed: int,
+) -> None:
+    """Put model and prior into the start's state."""
+    for layer, named in path_prefixes(model).items():
+        pathways = model.get_submodule(layer)
+        for path in named:
+            if start.only in named and path != start.only:
+                pathways.switch_off(path)
+            elif start.draw:
+                pathways.switch_on(path)
+    precision = dict(scale.precision)
+    if start.near_symmetric:
+        for name in _relaxed_tensors(model, scale):
+            precision[name] *= RELAXATION
+    if start.draw:
+        _draw(weights, precision, scale, seed)
+    _silence_off_paths(model, weights)
+    _set_prior(prior, precision, scale, function_scale_prior)
+
+
+def draw_path(
+    weights: Mapping[str, nn.Parameter],
+    tensors: Sequence[str],
+    prior: GaussianPrior,
+    scale: FunctionScale,
+    relaxed: Sequence[str],
+    seed: int,
+) -> None:
+    """Give one path new weights near zero, so that the evidence can ask for it again."""
+    precision = {
+        name: scale.precision[name] * (RELAXATION if name in relaxed else 1.0) for name in tensors
+    }
+    _draw({name: weights[name] for name in tensors}, precision, scale, seed)
+    prior.assign(_group_logs(prior, precision))
+
+
+def _relaxed_tensors(model: nn.Module, scale: FunctionScale) -> list[str]:
+    # one factor only: relaxing both factors of a product would square the effect
+    return [
+        name
+        for layer, outputs in scale.path_outputs.items()
+        for path in model.get_submodule(layer).less_constrained()
+        for name in outputs[path]
+    ]
+
+
+@torch.no_grad()
+def _draw(
+    weights: Mapping[str, nn.Parameter],
+    precision: Mapping[str, float],
+    scale: FunctionScale,
+    seed: int,
+) -> None:
+    """``N(0, 1 / delta_0)`` per tensor, seeded by its name: a path alone equals its own model."""
+    for name, weight in weights.items():
+        if scale.is_bias[name]:
+            weight.zero_()
+            continue
+        generator = torch.Generator().manual_seed(crc32(f"{seed}:{name}".encode()))
+        draw = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+        weight.copy_(draw / math.sqrt(precision[name]))
+
+
+@torch.no_grad()
+def _silence_off_paths(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
+    for layer, named in path_prefixes(model).items():
+        active = model.get_submodule(layer).active
+        for path, prefix in named.items():
+            if path not in active:
+                for name, weight in weights.items():
+                    if name.startswith(f"{prefix}."):
+                        weight.zero_()
+
+
+def _set_prior(
+    prior: GaussianPrior,
+    precision: Mapping[str, float],
+    scale: FunctionScale,
+    function_scale_prior: bool,
+) -> None:
+    prior.log_center = {g: float(v) for g, v in _group_logs(prior, scale.precision).items()}
+    prior.assign(
+        _group_logs(prior, precision) if function_scale_prior else prior.log_prior_precision
+    )
+
+
+def _group_logs(prior: GaussianPrior, precision: Mapping[str, float]) -> dict[str, float]:
+    """Mean log precision of each group that has members in ``precision``."""
+    logs: dict[str, list[float]] = {}
+    for name, value in precision.items():
+        logs.setdefault(prior.groups[name], []).append(math.log(value))
+    return {group: sum(values) / len(values) for group, values in logs.items()}
