@@ -35,9 +35,13 @@ class JsonlCallback:
 
 
 class RichProgress:
-    """One progress bar per run on standard error, with loss and log marginal likelihood."""
+    """One progress bar per run, with loss and log marginal likelihood.
 
-    def __init__(self) -> None:
+    Args:
+        console: a rich console; standard error by default.
+    """
+
+    def __init__(self, console: Any = None) -> None:
         # imported here: rich is only needed when somebody watches
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -48,7 +52,7 @@ class RichProgress:
             TextColumn("{task.completed}/{task.total}"),
             TimeElapsedColumn(),
             TextColumn("{task.fields[status]}"),
-            console=Console(stderr=True),
+            console=console or Console(stderr=True),
         )
         self._task: Any = None
         self._loss = ""
@@ -78,7 +82,7 @@ class RichProgress:
             self._loss = f"loss {event.data['loss']:.3f}"
             self._progress.update(self._task, advance=1, status=f"{self._loss}  {self._evidence}")
         elif event.kind == "update":
-            self._evidence = f"log marginal likelihood {event.data['log_marginal_likelihood']:.0f}"
+            self._evidence = f"log marg. lik. {event.data['log_marginal_likelihood']:.0f}"
 
 
 def progress_callback(progress: str) -> RichProgress | None:

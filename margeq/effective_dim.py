@@ -17,7 +17,7 @@ from margeq.batches import Batch
 from margeq.curvature.capture import eval_mode, forward
 from margeq.laplace import Spectrum, effective_parameters
 from margeq.likelihoods import Likelihood
-from margeq.parameters import path_prefixes
+from margeq.parameters import path_prefixes, path_sums
 from margeq.priors import GaussianPrior
 
 __all__ = [
@@ -165,7 +165,7 @@ def function_variances(
     if not moments:
         return {}
     handles = [model.get_submodule(p).register_forward_hook(m.add) for p, m in moments.items()]
-    seen = 0
+    sums, seen = path_sums(model), 0
     try:
         with eval_mode(model), torch.no_grad():
             for batch in batches:
@@ -178,7 +178,7 @@ def function_variances(
             handle.remove()
     return {
         layer: {
-            path: moments[prefix].variance() * model.get_submodule(layer).scale ** 2
+            path: moments[prefix].variance() * sums[layer].scale ** 2
             for path, prefix in named.items()
         }
         for layer, named in prefixes.items()

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, cast
 
 from torch import nn
 
 from margeq.errors import ConfigError, UnsupportedLayerError
 
-__all__ = ["matches", "named_hyperparameters", "named_weights", "owners", "path_prefixes"]
+__all__ = [
+    "matches",
+    "named_hyperparameters",
+    "named_weights",
+    "owners",
+    "path_prefixes",
+    "path_sums",
+]
 
 
 def matches(name: str, selection: Sequence[str]) -> bool:
@@ -69,14 +77,47 @@ def owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     }
 
 
+class PathSum(Protocol):
+    """What a module that sums candidate paths offers."""
+
+    scale: float
+    active: tuple[str, ...]
+
+    def named_paths(self) -> Iterable[tuple[str, nn.Module]]:
+        """Every declared path, on or off."""
+        ...
+
+    def less_constrained(self) -> tuple[str, ...]:
+        """Paths that span more maps than the most constrained one."""
+        ...
+
+    def switch_off(self, name: str) -> None:
+        """Stop computing a path."""
+        ...
+
+    def switch_on(self, name: str) -> None:
+        """Compute a path again."""
+        ...
+
+
+def path_sums(model: nn.Module) -> dict[str, PathSum]:
+    """Layer name -> module, for every module that sums candidate paths."""
+    return {
+        prefix: cast(PathSum, module)
+        for prefix, module in model.named_modules()
+        if hasattr(module, "named_paths")
+    }
+
+
 def path_prefixes(model: nn.Module) -> dict[str, dict[str, str]]:
     """Layer name -> path name -> module prefix, for every module that sums candidate paths."""
-    found = {}
-    for prefix, module in model.named_modules():
-        if hasattr(module, "named_paths"):
-            start = f"{prefix}." if prefix else ""
-            found[prefix] = {name: f"{start}paths.{name}" for name, _ in module.named_paths()}
-    return found
+    return {
+        layer: {
+            name: f"{layer}.paths.{name}" if layer else f"paths.{name}"
+            for name, _ in pathways.named_paths()
+        }
+        for layer, pathways in path_sums(model).items()
+    }
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:

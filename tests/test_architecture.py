@@ -22,7 +22,17 @@ LAYOUT = [
     ["accumulation", "laplace", "effective_dim"],
     ["optimize", "training", "checkpoint", "distributed", "callbacks"],
     ["convert", "models", "data"],
-    ["report", "integrations", "testing", "cli", "demo", "__init__", "__main__"],
+    [
+        "report",
+        "integrations",
+        "testing",
+        "cli",
+        "config",
+        "terminal",
+        "demo",
+        "__init__",
+        "__main__",
+    ],
 ]
 SECTION = {part: number for number, parts in enumerate(LAYOUT) for part in parts}
 FACES = len(LAYOUT) - 1  # the only section that may import lazily, inside functions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 from torch import nn
@@ -42,15 +43,15 @@ def digit_network(
     unknown = set(paths) - {"conv", "fc"}
     if unknown:
         raise ConfigError(f"paths={tuple(paths)}: use 'conv' and 'fc'")
-    blocks = []
-    for width in widths:
-        layer = ResidualPathways(
-            {path: _path(path, in_channels, width, size) for path in paths}, reduction="sum"
-        )
-        blocks.append(nn.Sequential(layer, nn.ReLU()))
+    modules: dict[str, nn.Module] = {}
+    for number, width in enumerate(widths, 1):
+        candidates = {path: _path(path, in_channels, width, size) for path in paths}
+        modules[f"layer{number}"] = ResidualPathways(candidates, reduction="sum")
+        modules[f"relu{number}"] = nn.ReLU()
         in_channels, size = width, size // 2
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(in_channels, n_classes)]
-    return nn.Sequential(*blocks, *head)
+    modules |= {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
+    modules["head"] = nn.Linear(in_channels, n_classes)
+    return nn.Sequential(OrderedDict(modules))
 
 
 def _path(path: str, in_channels: int, out_channels: int, size: int) -> nn.Module:

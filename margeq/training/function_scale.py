@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from margeq.curvature.capture import Use, eval_mode, forward, record
-from margeq.parameters import matches, path_prefixes
+from margeq.parameters import matches, path_prefixes, path_sums
 
 __all__ = ["FunctionScale", "function_scale"]
 
@@ -72,6 +72,7 @@ def _path_outputs(
     """Tensors of the last map in each path, and the factor with which they enter the sum."""
     outputs: dict[str, dict[str, tuple[str, ...]]] = {}
     scales: dict[str, float] = {}
+    sums = path_sums(model)
     for layer, prefixes in path_prefixes(model).items():
         outputs[layer] = {}
         for path, prefix in prefixes.items():
@@ -81,7 +82,7 @@ def _path_outputs(
             names = last.names.items() if last else ()
             outputs[layer][path] = tuple(name for local, name in names if local not in first)
             for name in outputs[layer][path]:
-                scales[name] = scales.get(name, 1.0) * model.get_submodule(layer).scale
+                scales[name] = scales.get(name, 1.0) * sums[layer].scale
     return outputs, scales
 
 

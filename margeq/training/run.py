@@ -21,7 +21,7 @@ from margeq.effective_dim import function_variances, shares
 from margeq.errors import DataError, DeterminismWarning, NonFiniteError
 from margeq.laplace import Spectrum, decompose, effective_parameters, evidence
 from margeq.likelihoods import Gaussian, Likelihood
-from margeq.parameters import path_prefixes
+from margeq.parameters import path_prefixes, path_sums
 from margeq.priors import GaussianPrior
 from margeq.training.history import Callback, Event, History, Update
 from margeq.training.normalisation import HeldNorms
@@ -228,16 +228,16 @@ class _Run:
     # -- paths -----------------------------------------------------------------------------------
 
     def _switch_paths(self, epoch: int, by_share: Mapping[str, Mapping[str, float]]) -> None:
-        model = self._p.model
-        active = {layer: model.get_submodule(layer).active for layer in by_share}
+        sums = path_sums(self._p.model)
+        active = {layer: sums[layer].active for layer in by_share}
         off, probe = self._switch.decide(by_share, active)
         for layer, path in off:
-            model.get_submodule(layer).switch_off(path)
+            sums[layer].switch_off(path)
             with torch.no_grad():
                 for name in self._tensors_of(layer, path):
                     self._p.weights[name].zero_()
         for layer, path in probe:
-            model.get_submodule(layer).switch_on(path)
+            sums[layer].switch_on(path)
             names = self._tensors_of(layer, path)
             relaxed = self._p.scale.path_outputs[layer][path]
             seed = self._p.seed + epoch

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from margeq.errors import ConfigError
-from margeq.parameters import path_prefixes
+from margeq.parameters import path_prefixes, path_sums
 from margeq.priors import GaussianPrior
 from margeq.training.function_scale import FunctionScale
 
@@ -81,7 +81,7 @@ def apply_start(
 ) -> None:
     """Put model and prior into the start's state."""
     for layer, named in path_prefixes(model).items():
-        pathways = model.get_submodule(layer)
+        pathways = path_sums(model)[layer]
         for path in named:
             if start.only in named and path != start.only:
                 pathways.switch_off(path)
@@ -114,11 +114,12 @@ def draw_path(
 
 
 def _relaxed_tensors(model: nn.Module, scale: FunctionScale) -> list[str]:
+    sums = path_sums(model)
     # one factor only: relaxing both factors of a product would square the effect
     return [
         name
         for layer, outputs in scale.path_outputs.items()
-        for path in model.get_submodule(layer).less_constrained()
+        for path in sums[layer].less_constrained()
         for name in outputs[path]
     ]
 
@@ -143,7 +144,7 @@ def _draw(
 @torch.no_grad()
 def _silence_off_paths(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
     for layer, named in path_prefixes(model).items():
-        active = model.get_submodule(layer).active
+        active = path_sums(model)[layer].active
         for path, prefix in named.items():
             if path not in active:
                 for name, weight in weights.items():

@@ -1,0 +1,7 @@
+"""``python -m margeq``."""
+
+import sys
+
+from margeq.cli import main
+
+sys.exit(main())

@@ -1,0 +1,171 @@
+"""The demonstration: one network, one set of digits, two questions, two symmetries.
+
+"Which digit?" with digits anywhere on the canvas should switch the fully connected paths off;
+"which corner?" cannot be answered without them. No validation set is used anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DataLoader, TensorDataset
+
+from margeq import __version__
+from margeq.callbacks import Callback, Event, JsonlCallback
+from margeq.config import DemoConfig
+from margeq.data import DigitTask, place_digits
+from margeq.models import digit_network
+from margeq.optimize import MargLikResult, optimize_marglik
+from margeq.report.figures import save_figures
+
+__all__ = ["Answer", "Listener", "run_demo"]
+
+Question = Literal["digit", "corner"]
+_CLASSES = {"digit": 10, "corner": 4}
+_BATCH, _CURVATURE_BATCH = 128, 512
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question, answered.
+
+    Attributes:
+        question: ``"digit"`` or ``"corner"``.
+        result: what :func:`margeq.optimize_marglik` found.
+        accuracy: on the held-out digits, which nothing was tuned on.
+        conv_only: accuracy and evidence per datum of the CONV-only network, for the corner
+            question.
+        seconds: wall time.
+        figures: files written.
+    """
+
+    question: str
+    result: MargLikResult
+    accuracy: float
+    conv_only: tuple[float, float] | None
+    seconds: float
+    figures: list[Path]
+
+
+class Listener:
+    """What a face of the demonstration may override."""
+
+    def callbacks(self, question: str) -> list[Callback]:
+        """Callbacks for the training of one question."""
+        return []
+
+    def answered(self, answer: Answer) -> None:
+        """Called after each question."""
+
+
+def run_demo(config: DemoConfig, directory: Path, listener: Listener) -> dict[str, Any]:
+    """Answer both questions and write ``result.json``, ``events.jsonl`` and figures.
+
+    Args:
+        config: resolved configuration.
+        directory: run directory; created if needed.
+        listener: face to report to.
+
+    Returns:
+        The content of ``result.json``.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    summary: dict[str, Any] = {
+        "config": asdict(config),
+        "versions": {
+            "margeq": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "threads": torch.get_num_threads(),
+        "questions": {},
+    }
+    for question in config.questions:
+        answer = _answer(question, config, directory, listener)
+        summary["questions"][question] = _plain(answer)
+        listener.answered(answer)
+    text = json.dumps(summary, indent=1, default=float, allow_nan=False)
+    (directory / "result.json").write_text(text + "\n", encoding="utf-8")
+    return summary
+
+
+def _answer(question: Question, config: DemoConfig, directory: Path, listener: Listener) -> Answer:
+    began = time.perf_counter()
+    task = place_digits(question, seed=config.seed).standardised()
+    network = digit_network(_CLASSES[question])
+    log = _tagged(JsonlCallback(directory / "events.jsonl"), question)
+    callbacks = [log, *listener.callbacks(question)]
+    restarts = "auto" if config.restarts == "auto" else config.restarts.split(",")
+    result = _train(network, task, config, restarts, callbacks)
+    conv_only = None
+    if question == "corner":
+        plain = digit_network(_CLASSES[question], paths=("conv",))
+        alone = _train(plain, task, config, "symmetric", listener.callbacks("corner, CONV only"))
+        conv_only = (_accuracy(plain, task), alone.log_marginal_likelihood / alone.n_data)
+    figures = save_figures(result, directory, f"{question}-")
+    seconds = time.perf_counter() - began
+    return Answer(question, result, _accuracy(network, task), conv_only, seconds, figures)
+
+
+def _train(
+    network: nn.Module,
+    task: DigitTask,
+    config: DemoConfig,
+    restarts: str | list[str],
+    callbacks: list[Callback],
+) -> MargLikResult:
+    data = TensorDataset(task.train_images, task.train_labels)
+    loader = DataLoader(data, _BATCH, shuffle=True)
+    return optimize_marglik(
+        network,
+        loader,
+        marglik_loader=DataLoader(data, _CURVATURE_BATCH),
+        n_epochs=config.epochs,
+        n_epochs_burnin=min(6, config.epochs),
+        marglik_frequency=3,
+        optimizer_kwargs={"lr": 0.01},
+        scheduler_cls=CosineAnnealingLR,
+        scheduler_kwargs={"T_max": config.epochs * len(loader)},
+        restarts=restarts,
+        seed=config.seed,
+        callbacks=callbacks,
+        progress="none",
+    )
+
+
+def _tagged(callback: Callback, question: str) -> Callable[[Event], None]:
+    return lambda event: callback(Event(event.kind, {"question": question, **event.data}))
+
+
+@torch.no_grad()
+def _accuracy(network: nn.Module, task: DigitTask) -> float:
+    network.eval()
+    predictions: Tensor = network(task.test_images).argmax(1)
+    return float((predictions == task.test_labels).double().mean())
+
+
+def _plain(answer: Answer) -> dict[str, Any]:
+    conv_only = answer.conv_only
+    return {
+        "held_out_accuracy": answer.accuracy,
+        "log_marginal_likelihood_per_datum": (
+            answer.result.log_marginal_likelihood / answer.result.n_data
+        ),
+        "seconds": answer.seconds,
+        "figures": [path.name for path in answer.figures],
+        "conv_only": conv_only
+        and {
+            "held_out_accuracy": conv_only[0],
+            "log_marginal_likelihood_per_datum": conv_only[1],
+        },
+        **answer.result.to_dict(),
+    }

@@ -1,0 +1,1 @@
+"""Faces of a result: the table on a terminal and the figures of a run directory."""
