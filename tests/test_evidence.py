@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import expit
 from scipy.stats import multivariate_normal
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -25,6 +26,7 @@ from margeq.laplace import (
 )
 from margeq.layers import FactoredLinear2d
 from margeq.likelihoods import Categorical, Gaussian, as_likelihood
+from margeq.linalg import log1p_ratio
 from margeq.priors import GaussianPrior
 from tests.oracles import F64, data_for, net
 
@@ -218,6 +220,15 @@ def test_extreme_noise_is_finite():
         value, gradient = hyper_gradient(*objective("mlp", Gaussian(sigma)))
         assert math.isfinite(value)
         assert all(math.isfinite(float(slope)) for slope in gradient.values())
+
+
+@pytest.mark.parametrize("difference", [-math.inf, -1400.0, -30.0, 0.0, 30.0, 41.0, 1400.0])
+def test_log_ratio_is_exact_and_finite_over_the_whole_range(difference):
+    denominator = torch.tensor(-300.0, dtype=F64, requires_grad=True)
+    value = log1p_ratio(torch.tensor(difference - 300.0, dtype=F64), denominator)
+    value.backward()
+    assert float(value.detach()) == pytest.approx(np.logaddexp(0.0, difference), rel=1e-14)
+    assert float(denominator.grad) == pytest.approx(-expit(difference), rel=1e-14)
 
 
 # --- effective parameters

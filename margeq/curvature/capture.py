@@ -1,7 +1,7 @@
 """Hooks that record the input and the output of every weight-carrying module in one forward.
 
 Nothing of the caller's model is left changed: hooks are removed, every sub-module gets its own
-train/eval flag back, and in-place activations work on a clone of the hooked output.
+train/eval flag back, and in-place activations work on an alias of the hooked output.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,8 @@ class Use:
         rule: its curvature rule.
         names: local parameter name -> name of the weight in the model.
         x: the module's input.
-        y: the module's output, a node of the autograd graph. Without a graph its values may be
-            overwritten by an in-place activation.
+        y: the module's output, a node of the autograd graph. Only the node counts: the values
+            may have been overwritten by an in-place activation.
     """
 
     prefix: str
@@ -124,8 +124,24 @@ class _Recorder:
                 f"to one tensor; freeze it or exclude it with parameters=[...]"
             )
         self.uses.append(Use(self.prefix, layer, self.rule, self.names, x.detach(), y))
-        # a copy goes on, so that an in-place activation cannot overwrite what we differentiate by
-        return y.clone() if y.requires_grad else y
+        return cast(Tensor, _Alias.apply(y)) if y.requires_grad else y
+
+
+class _Alias(torch.autograd.Function):
+    """The same values as another node of the graph.
+
+    It goes on in place of the recorded output: an in-place activation then changes this node, and
+    the recorded one stays what gradients are taken with respect to. Memory and version counter are
+    shared, so nothing is copied, and overwriting what a backward pass needs is an error as ever.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:  # noqa: ANN401
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ANN401
+        return grads[0]
 
 
 def require_batch_axis(uses: Sequence[Use], n_data: int) -> None:

@@ -158,11 +158,11 @@ class MonteCarloGaussianRoot:
 class TraceHistogram:
     """Data-set-wide distribution of squared column norms; additive, so any batch split is exact.
 
-    Bins are 1/8 octave wide, so the threshold that keeps a share of the trace keeps at most the
+    Bins are 1/32 octave wide, so the threshold that keeps a share of the trace keeps at most the
     columns of one bin more than necessary.
     """
 
-    _PER_OCTAVE = 8
+    _PER_OCTAVE = 32
     _LOWEST = -130 * _PER_OCTAVE
     _BINS = 160 * _PER_OCTAVE
 

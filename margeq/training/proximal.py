@@ -4,8 +4,9 @@ The optimizer sees the gradient ``g`` of the mean tempered negative log-likeliho
 step the weights are shrunk by the proximal map of the prior in the same metric,
 
     Adam-like:  w <- (w - lr * m / d) / (1 + lr * delta / (N d)),   d = sqrt(v) + eps
-    SGD:        w <- (w - lr * b) / (1 + lr * c * delta / N),       c = (1 - damp) / (1 - momentum)
+    SGD:        w <- (w - lr * b) / (1 + lr * c * delta / N),       c -> (1 - damp) / (1 - momentum)
 
+where ``c`` is what a constant unit gradient would have built up in the momentum ``b`` so far,
 so that the fixed point is the MAP, ``N g + delta w = 0``, and any ``delta`` is stable. Decoupled
 weight decay has another fixed point; explicit L2 diverges for large ``delta``.
 """
@@ -25,7 +26,8 @@ from margeq.errors import ConfigError, NumericalWarning
 __all__ = ["ProximalSteps", "build_optimizer"]
 
 Group = Mapping[str, Any]
-StepGain = Callable[[Optimizer, Group, nn.Parameter], "Tensor | float"]
+Memory = dict[nn.Parameter, float]
+StepGain = Callable[[Optimizer, Group, nn.Parameter, Memory], "Tensor | float"]
 
 
 def build_optimizer(
@@ -72,6 +74,7 @@ class ProximalSteps:
         self.optimizer = optimizer
         self._names = {id(parameter): name for name, parameter in weights.items()}
         self._n_data = n_data
+        self._memory: Memory = {}
         self._gain = _STEP_GAINS.get(type(optimizer))
         if self._gain is None:
             warnings.warn(
@@ -94,7 +97,7 @@ class ProximalSteps:
                 name = self._names.get(id(parameter))
                 if name is None or parameter.grad is None:
                     continue
-                gain = self._gain(self.optimizer, group, parameter)
+                gain = self._gain(self.optimizer, group, parameter, self._memory)
                 strength = float(group["lr"]) * precisions[name] / self._n_data
                 parameter.div_(1.0 + strength * gain)
 
@@ -104,6 +107,7 @@ class ProximalSteps:
             for parameter in group["params"]:
                 if self._names.get(id(parameter)) in names:
                     self.optimizer.state.pop(parameter, None)
+                    self._memory.pop(parameter, None)
 
     def _explicit(self, precisions: Mapping[str, float]) -> None:
         for group in self.optimizer.param_groups:
@@ -113,12 +117,22 @@ class ProximalSteps:
                     parameter.grad.add_(parameter, alpha=precisions[name] / self._n_data)
 
 
-def _sgd_gain(optimizer: Optimizer, group: Group, parameter: nn.Parameter) -> float:
-    # a constant gradient g builds up the direction c g; Nesterov's has the same limit
-    return (1.0 - group["dampening"]) / (1.0 - group["momentum"]) if group["momentum"] else 1.0
+def _sgd_gain(
+    optimizer: Optimizer, group: Group, parameter: nn.Parameter, memory: Memory
+) -> float:
+    momentum = group["momentum"]
+    if not momentum:
+        return 1.0
+    # the first buffer is the bare gradient, later ones mix as torch does
+    before = memory.get(parameter)
+    now = 1.0 if before is None else momentum * before + 1.0 - group["dampening"]
+    memory[parameter] = now
+    return 1.0 + momentum * now if group["nesterov"] else now
 
 
-def _adam_gain(optimizer: Optimizer, group: Group, parameter: nn.Parameter) -> Tensor:
+def _adam_gain(
+    optimizer: Optimizer, group: Group, parameter: nn.Parameter, memory: Memory
+) -> Tensor:
     state = optimizer.state[parameter]
     second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
     correction = 1.0 - group["betas"][1] ** float(state["step"])
