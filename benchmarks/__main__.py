@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from benchmarks.curvature import captured_trace, curvature_jobs, hyper_jobs, plain_jobs
 from benchmarks.factored import factored_rows
@@ -14,7 +16,7 @@ from benchmarks.memory import peak_memory
 from benchmarks.networks import BATCH, TRAINING_EPOCHS, accuracy, digits, trained
 from benchmarks.neighbours import neighbour_hyper_jobs, neighbour_jobs
 from benchmarks.report import Report, Row, write
-from benchmarks.timing import UNIT, measure
+from benchmarks.timing import Job, measure
 
 
 def main() -> None:
@@ -38,21 +40,22 @@ def run(quick: bool) -> Report:
     repeats = 3 if quick else 5
     batches = digits()
     model = trained(batches)
-    heavy = [*plain_jobs(model, batches), *curvature_jobs(model, batches)]
+    plain = plain_jobs(model, batches)
+    heavy = [*plain, *curvature_jobs(model, batches)]
     light = hyper_jobs(model, batches)
     if not quick:
         heavy += neighbour_jobs(model, batches)
         light += neighbour_hyper_jobs(model, batches)
-    seconds = measure([*heavy, *light], repeats)
-    peaks: dict[str, float] = {}
-    if not quick:
-        with tempfile.TemporaryDirectory() as folder:
-            weights = Path(folder) / "weights.pt"
-            torch.save(model.state_dict(), weights)
-            peaks = peak_memory(str(weights), heavy)
-    unit = seconds[UNIT]
+    costs = measure([*heavy, *light], plain[0].run, repeats)
+    peaks = {} if quick else _peaks(model, heavy)
     rows = [
-        Row(job.name, 1e3 * seconds[job.name], seconds[job.name] / unit, job.target, peaks.get(job.name))
+        Row(
+            job.name,
+            1e3 * costs[job.name].seconds,
+            costs[job.name].units,
+            job.target,
+            peaks.get(job.name),
+        )
         for job in (*heavy, *light)
     ]
     facts = {
@@ -65,6 +68,13 @@ def run(quick: bool) -> Report:
         "captured_trace": captured_trace(model, batches),
     }
     return Report(facts, rows, factored_rows(repeats))
+
+
+def _peaks(model: nn.Module, jobs: Sequence[Job]) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "weights.pt"
+        torch.save(model.state_dict(), weights)
+        return peak_memory(str(weights), jobs)
 
 
 if __name__ == "__main__":

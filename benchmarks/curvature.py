@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.networks import Batches, epoch, lenet, optimizer_for
-from benchmarks.timing import UNIT, Job
+from benchmarks.timing import Job
 from margeq.accumulation import InputCovCache, accumulate_with
 from margeq.curvature.options import KfacOptions
 from margeq.laplace import Spectrum, accumulate, decompose, effective_parameters, hyper_gradient
@@ -22,11 +22,11 @@ _LIKELIHOOD = Categorical()
 
 
 def plain_jobs(model: nn.Module, batches: Batches) -> list[Job]:
-    """Training without any of this."""
+    """Training without any of this; the first job is the unit."""
     learner = lenet()
     optimizer = optimizer_for(learner)
     return [
-        Job(UNIT, lambda: epoch(learner, optimizer, batches)),
+        Job("plain epoch", lambda: epoch(learner, optimizer, batches)),
         Job("forward only", lambda: _forward(model, batches)),
     ]
 

@@ -6,12 +6,10 @@ import gc
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["UNIT", "Job", "measure"]
-
-UNIT = "plain epoch"
+__all__ = ["Cost", "Job", "measure"]
 
 
 @dataclass(frozen=True)
@@ -31,23 +29,37 @@ class Job:
     calls: int = 1
 
 
-def measure(jobs: Sequence[Job], repeats: int) -> Mapping[str, float]:
-    """Median seconds of processor time of each job, over rounds in which each runs once.
+@dataclass(frozen=True)
+class Cost:
+    """Medians over the repeats: seconds of processor time, and multiples of the unit."""
 
-    The first round is not counted: it fills caches and loads kernels.
+    seconds: float
+    units: float
+
+
+def measure(jobs: Sequence[Job], unit: Callable[[], object], repeats: int) -> dict[str, Cost]:
+    """Cost of each job; every measurement is divided by one of ``unit`` right before it.
+
+    Jobs take turns, ``repeats`` times, after a first round that fills caches and loads kernels.
     """
-    times: dict[str, list[float]] = {job.name: [] for job in jobs}
+    seconds: dict[str, list[float]] = {job.name: [] for job in jobs}
+    units: dict[str, list[float]] = {job.name: [] for job in jobs}
     for _ in range(repeats + 1):
         for job in jobs:
-            times[job.name].append(_seconds(job))
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
+            one_unit = _seconds(unit, 1)
+            seconds[job.name].append(_seconds(job.run, job.calls))
+            units[job.name].append(seconds[job.name][-1] / one_unit)
+    return {
+        name: Cost(statistics.median(values[1:]), statistics.median(units[name][1:]))
+        for name, values in seconds.items()
+    }
 
 
-def _seconds(job: Job) -> float:
+def _seconds(run: Callable[[], object], calls: int) -> float:
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         start = time.process_time()
-        for _ in range(job.calls):
-            job.run()
-        return (time.process_time() - start) / job.calls
+        for _ in range(calls):
+            run()
+        return (time.process_time() - start) / calls

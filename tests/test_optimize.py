@@ -7,6 +7,8 @@ random state and argument dictionary.
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 from contextlib import contextmanager
 
 import pytest
@@ -27,6 +29,7 @@ from margeq.errors import (
     UnsupportedLayerError,
 )
 from margeq.layers import FactoredLinear2d, ResidualPathways
+from margeq.training.solvers import hyper_solver, mackay_step
 
 FAST = {"n_epochs": 6, "n_epochs_burnin": 2, "marglik_frequency": 2, "seed": 0}
 LR = {"lr": 0.02}
@@ -147,9 +150,9 @@ def test_a_loader_that_changes_its_length_is_refused():
 
 def test_single_sample_and_single_class():
     x, y = data()
-    assert torch.isfinite(torch.tensor(fit(mlp(), [(x[:1], y[:1])]).log_marginal_likelihood))
+    assert math.isfinite((fit(mlp(), [(x[:1], y[:1])]).log_marginal_likelihood))
     result = fit(mlp(), [(x, torch.zeros_like(y))])
-    assert torch.isfinite(torch.tensor(result.log_marginal_likelihood))
+    assert math.isfinite((result.log_marginal_likelihood))
 
 
 def test_float_int32_and_one_hot_labels_mean_the_same():
@@ -314,7 +317,7 @@ def test_dtypes(dtype):
     x, y = data()
     model = mlp().to(dtype)
     result = fit(model, loader(x.to(dtype), y))
-    assert torch.isfinite(torch.tensor(result.log_marginal_likelihood))
+    assert math.isfinite((result.log_marginal_likelihood))
     assert model[0].weight.dtype == dtype
 
 
@@ -343,7 +346,7 @@ def test_unused_layer_and_zero_inputs_stay_finite():
     assert table.of("unused", "").effective == pytest.approx(0.0, abs=1e-6)
     result = fit(mlp(), loader(torch.zeros_like(x), y))
     assert result.diagnostics.clamped_eigenvalues == 0
-    assert torch.isfinite(torch.tensor(result.log_marginal_likelihood))
+    assert math.isfinite((result.log_marginal_likelihood))
 
 
 def test_user_hooks_and_in_place_activations_survive():
@@ -366,7 +369,7 @@ def test_user_hooks_and_in_place_activations_survive():
 def test_huge_prior_precision_is_clamped_and_flagged():
     x, y = data()
     result = fit(mlp(), loader(x, y), prior_prec_init=1e38, n_epochs_burnin=6)
-    assert torch.isfinite(torch.tensor(result.log_marginal_likelihood))
+    assert math.isfinite((result.log_marginal_likelihood))
     first = result.history.updates[0].prior_precision
     assert all(value < 1e10 for value in first.values())
 
@@ -374,19 +377,15 @@ def test_huge_prior_precision_is_clamped_and_flagged():
 def test_absurd_hyper_step_is_halved_with_a_warning_or_ends_in_a_typed_error():
     x, y = data()
     model = mlp()
-    options = {"hyper_solver": "adam", "lr_hyp": 100.0}
-    with unchanged(model, options), pytest.warns(NumericalWarning, match="halved"):
+    before, options = snapshot(model)[0], {"hyper_solver": "adam", "lr_hyp": 1e6}
+    with pytest.warns(NumericalWarning, match="step size halved"):
         try:
-            result = fit(model, loader(x, y), **options)
+            value = fit(model, loader(x, y), **options).log_marginal_likelihood
         except CurvatureError as error:
             assert "lr_hyp" in str(error)
+            assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
         else:
-            assert torch.isfinite(torch.tensor(result.log_marginal_likelihood))
-            raise_back(model)
-
-
-def raise_back(model):
-    pytest.fail("lr_hyp=100 should not find a step that raises the evidence")
+            assert math.isfinite(value)
 
 
 def test_diverging_weights_end_in_a_typed_error_and_the_old_weights():
@@ -541,12 +540,25 @@ def assert_mackay(result):
     assert checked
 
 
+def test_damped_mackay_never_lowers_the_evidence_with_more_weights_than_observations():
+    x = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 1))
+    spectrum = margeq.laplace.decompose(
+        margeq.laplace.accumulate(model, [(x, 100 * x[:, :1])], "regression")
+    )
+    prior, likelihood = margeq.GaussianPrior(model), margeq.Gaussian()
+    values = []
+    for _ in range(50):
+        values.append(float(margeq.log_marginal_likelihood(spectrum, prior, likelihood)))
+        mackay_step(spectrum, prior, likelihood)
+    assert all(b >= a - 1e-9 * abs(a) for a, b in itertools.pairwise(values))
+
+
 def test_solvers_agree_on_the_optimum_and_beat_the_start():
     x, y = data()
     state = margeq.laplace.accumulate(_same_mlp(), loader(x, y))
     spectrum = margeq.laplace.decompose(state)
     likelihood = margeq.Categorical()
-    from margeq.training.solvers import hyper_solver
 
     values = {}
     for name in ("mackay", "lbfgs", "adam"):

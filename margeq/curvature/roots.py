@@ -59,6 +59,7 @@ class SoftmaxRoot:
         tails = self._p.flip(-1).cumsum(-1).flip(-1)  # tails[j] = sum of p from j on
         self._rest = torch.nn.functional.pad(tails[:, 1:], (0, 1))
         self._diagonal = (self._p * self._rest / tails.clamp_min(1e-300)).sqrt()
+        self._below = -self._diagonal / self._rest.clamp_min(1e-300)
         self.n_columns = logits.shape[-1] - 1
 
     def square_norms(self) -> Tensor:
@@ -70,13 +71,11 @@ class SoftmaxRoot:
 
     def columns(self, data: Tensor, which: Tensor) -> Tensor:
         """Column ``which[m]`` of datum ``data[m]``, ``[m, C]``."""
-        p, order = self._p[data], self._order[data]
         pivot = which[:, None]
-        diagonal = self._diagonal[data].gather(1, pivot)
-        below = -(p / self._rest[data].gather(1, pivot).clamp_min(1e-300)) * diagonal
-        index = torch.arange(p.shape[-1], device=p.device)[None]
-        zero = torch.zeros((), dtype=p.dtype, device=p.device)
-        column = torch.where(index > pivot, below, torch.where(index == pivot, diagonal, zero))
+        p, order = self._p[data], self._order[data]
+        is_below = torch.arange(p.shape[1], device=p.device) > pivot
+        column = torch.where(is_below, p * self._below[data, which][:, None], 0.0)
+        column.scatter_(1, pivot, self._diagonal[data, which][:, None])
         return torch.empty_like(column).scatter_(1, order, column).to(self._dtype)
 
 

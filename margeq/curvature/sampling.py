@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -89,8 +90,12 @@ def sample_positions(keys: Tensor, stream: int, n_positions: int, fraction: floa
 def _content(tensor: Tensor) -> Tensor:
     flat = tensor.detach().reshape(len(tensor), -1)
     bits = _as_integers(flat)
-    weights = _mix(torch.arange(1, flat.shape[1] + 1, device=flat.device)) | 1
-    return (bits * weights).sum(-1)
+    return (bits * _weights(bits.shape[1], bits.device)).sum(-1)
+
+
+@lru_cache(maxsize=8)
+def _weights(length: int, device: torch.device) -> Tensor:
+    return _mix(torch.arange(1, length + 1, device=device)) | 1
 
 
 def _as_integers(flat: Tensor) -> Tensor:
