@@ -13,8 +13,8 @@ from torch import nn
 from benchmarks.curvature import captured_trace, curvature_jobs, hyper_jobs, plain_jobs
 from benchmarks.factored import factored_rows
 from benchmarks.memory import peak_memory
-from benchmarks.networks import BATCH, TRAINING_EPOCHS, accuracy, digits, trained
 from benchmarks.neighbours import neighbour_hyper_jobs, neighbour_jobs
+from benchmarks.networks import BATCH, TRAINING_EPOCHS, accuracy, digits, trained
 from benchmarks.report import Report, Row, write
 from benchmarks.timing import Job, measure
 

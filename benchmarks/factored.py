@@ -43,7 +43,9 @@ def factored_rows(repeats: int) -> list[FactoredRow]:
 
 
 def _row(name: str, layer: FactoredLinear2d, repeats: int) -> FactoredRow:
-    nn.init.normal_(layer.bias_u)
+    for bias in (layer.bias_u, layer.bias_v):
+        assert bias is not None
+        nn.init.normal_(bias)
     x = torch.randn(_BATCH, layer.in_channels, *layer.in_shape, requires_grad=True)
     for reference in (_with_block_diag, _with_diag_embed):
         torch.testing.assert_close(reference(layer, x), layer(x), rtol=1e-3, atol=1e-4)
@@ -72,6 +74,8 @@ def _with_diag_embed(layer: FactoredLinear2d, x: Tensor) -> Tensor:
 
 def _blockwise(layer: FactoredLinear2d, x: Tensor, expand: Callable[[Tensor], Tensor]) -> Tensor:
     maps = x.reshape(len(x), layer.in_channels, -1)
+    assert layer.bias_u is not None
+    assert layer.bias_v is not None
     u = layer.weight_u.flatten(1)  # [D, C X]
     v = layer.weight_v.flatten(1)  # [Y, D C]
     hidden = u @ expand(maps) + layer.bias_u[:, None]  # [n, D, C]

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.curvature import curvature_jobs, plain_jobs
-from benchmarks.networks import digits, lenet
 from benchmarks.neighbours import neighbour_jobs
+from benchmarks.networks import digits, lenet
 from benchmarks.timing import Job
 
 __all__ = ["peak_memory"]

@@ -60,7 +60,7 @@ class _Fit:
         self._backend = getattr(importlib.import_module("laplace.curvature"), backend)
         self._model, self._batches, self._options = model, batches, options
 
-    def __call__(self) -> Any:  # noqa: ANN401  a posterior of laplace-torch
+    def __call__(self) -> Any:
         posterior = self._laplace.Laplace(
             self._model,
             "classification",

@@ -59,9 +59,9 @@ class Report:
                 "# Benchmarks",
                 "",
                 "Written by `make bench`; do not edit. Processor time of one thread, median of "
-                f"{facts['repeats']}, all jobs interleaved in one process, each measurement divided "
-                f"by a plain epoch right before it (torch {torch.__version__}): compare the "
-                f"ratios. LeNet (conv6-conv16-120-10, "
+                f"{facts['repeats']}, all jobs interleaved in one process, each measurement "
+                f"divided by a plain epoch right before it (torch {torch.__version__}): compare "
+                f"the ratios. LeNet (conv6-conv16-120-10, "
                 f"{facts['weights']:,} weights) on {facts['data']:,} digits of 28 × 28 in batches "
                 f"of {facts['batch']}, trained to {facts['accuracy']:.1%}; the adaptive root keeps "
                 f"{facts['captured_trace']:.3%} of the trace. Every update includes its "

@@ -23,6 +23,7 @@ from margeq import __version__
 from margeq.callbacks import Callback, Event, JsonlCallback
 from margeq.config import DemoConfig
 from margeq.data import DigitTask, place_digits
+from margeq.errors import ConfigError
 from margeq.models import digit_network
 from margeq.optimize import MargLikResult, optimize_marglik
 from margeq.report.figures import save_figures
@@ -77,8 +78,14 @@ def run_demo(config: DemoConfig, directory: Path, listener: Listener) -> dict[st
 
     Returns:
         The content of ``result.json``.
+
+    Raises:
+        ConfigError: if the directory cannot be created.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {directory}: {error.strerror}") from error
     summary: dict[str, Any] = {
         "config": asdict(config),
         "versions": {

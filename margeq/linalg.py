@@ -92,16 +92,20 @@ def _eigvalsh_with_jitter(symmetric: Tensor, name: str) -> Tensor:
 def log1p_ratio(log_numerator: Tensor, log_denominator: Tensor) -> Tensor:
     """Elementwise ``log(1 + a/b)`` from ``log a`` and ``log b``; ``log a`` may be ``-inf``.
 
-    Finite in value and gradient for ratios from 1e-300 to 1e300.
+    Returns:
+        Values that are finite, with finite gradients, for ratios from 1e-300 to 1e300.
     """
     # softplus gives 0 with gradient 0 at -inf; above the threshold it is linear to 1e-17
     return torch.nn.functional.softplus(log_numerator - log_denominator, threshold=40)
 
 
 def gram(rows: Tensor) -> Tensor:
-    """``G[b] = sum_(n,t) r[n,t,b] r[n,t,b]^T`` for rows ``[n, t, b, d]``; returns ``[b, d, d]``.
+    """``G[b] = sum_(n,t) r[n,t,b] r[n,t,b]^T`` for rows ``[n, t, b, d]``.
 
     Chooses the product that needs no transposed copy of the rows.
+
+    Returns:
+        ``[b, d, d]``.
     """
     n, t, blocks, d = rows.shape
     if t > d and rows.stride(1) <= rows.stride(3) and rows.stride(0) > rows.stride(3):

@@ -14,6 +14,7 @@ from margeq.curvature.factors import InputCovCache
 from margeq.curvature.options import KfacOptions
 from margeq.errors import MissingRuleError, UnsupportedLayerError
 from margeq.laplace import accumulate
+from margeq.layers import FactoredLinear2d
 from margeq.likelihoods import Categorical
 from margeq.parameters import named_weights
 from tests.oracles import F64, data_for, errors, net, worst_difference
@@ -148,3 +149,16 @@ def test_cached_input_factors_follow_the_data(root):
         cached = accumulate_with(moved, batches, SOFTMAX, options, cache=cache)
         fresh = accumulate_with(moved, batches, SOFTMAX, options)
         assert worst_difference(cached, fresh) <= 1e-12
+
+
+def test_in_place_activation_on_an_output_that_is_a_view():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.out = FactoredLinear2d(2, 3, (4, 4), (2, 2)), nn.Linear(12, 2)
+
+        def forward(self, x):
+            return self.out(torch.relu_(self.fc(x)).flatten(1))
+
+    model, x = Net().double(), torch.randn(5, 2, 4, 4, dtype=torch.float64)
+    check_rules(model, named_weights(model), x)

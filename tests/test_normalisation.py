@@ -73,7 +73,9 @@ def test_convolution_before_batchnorm_keeps_a_bounded_precision_and_its_verdict(
         precision = float(result.prior.prior_precision["0.paths.conv.0.weight"])
         assert 1e-3 < precision < 1e3
         assert "0.paths.conv.0.weight" not in result.diagnostics.at_bounds
-    verdicts = [[r.verdict for r in result.effective_dimension().paths] for result in (plain, scaled)]
+    verdicts = [
+        [r.verdict for r in result.effective_dimension().paths] for result in (plain, scaled)
+    ]
     assert verdicts[0] == verdicts[1]
     assert plain.log_marginal_likelihood == pytest.approx(scaled.log_marginal_likelihood, rel=1e-6)
 

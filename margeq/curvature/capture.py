@@ -1,7 +1,7 @@
 """Hooks that record the input and the output of every weight-carrying module in one forward.
 
 Nothing of the caller's model is left changed: hooks are removed, every sub-module gets its own
-train/eval flag back, and in-place activations work on an alias of the hooked output.
+train/eval flag back, and in-place activations work on a clone of the hooked output.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from margeq.curvature.io import Rule, rule_for
 from margeq.curvature.sampling import tensors_of
@@ -32,8 +33,8 @@ class Use:
         rule: its curvature rule.
         names: local parameter name -> name of the weight in the model.
         x: the module's input.
-        y: the module's output, a node of the autograd graph. Only the node counts: the values
-            may have been overwritten by an in-place activation.
+        y: the module's output; its values may have been overwritten by an in-place activation.
+        edge: where the output's gradient arrives in the autograd graph, ``None`` without one.
     """
 
     prefix: str
@@ -42,6 +43,7 @@ class Use:
     names: Mapping[str, str]
     x: Tensor
     y: Tensor
+    edge: GradientEdge | None
 
 
 @contextmanager
@@ -123,25 +125,11 @@ class _Recorder:
                 f"{self.prefix or 'the model'} ({type(layer).__name__}) does not map one tensor "
                 f"to one tensor; freeze it or exclude it with parameters=[...]"
             )
-        self.uses.append(Use(self.prefix, layer, self.rule, self.names, x.detach(), y))
-        return cast(Tensor, _Alias.apply(y)) if y.requires_grad else y
-
-
-class _Alias(torch.autograd.Function):
-    """The same values as another node of the graph.
-
-    It goes on in place of the recorded output: an in-place activation then changes this node, and
-    the recorded one stays what gradients are taken with respect to. Memory and version counter are
-    shared, so nothing is copied, and overwriting what a backward pass needs is an error as ever.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor) -> Tensor:  # noqa: ANN401
-        return y.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ANN401
-        return grads[0]
+        # taken now: an in-place activation on a view would give the tensor another history
+        edge = get_gradient_edge(y) if y.requires_grad else None
+        self.uses.append(Use(self.prefix, layer, self.rule, self.names, x.detach(), y, edge))
+        # a copy goes on, so that an in-place activation cannot change the node that we keep
+        return y.clone() if y.requires_grad else y
 
 
 def require_batch_axis(uses: Sequence[Use], n_data: int) -> None:
@@ -161,10 +149,14 @@ def require_batch_axis(uses: Sequence[Use], n_data: int) -> None:
 
 def backpropagate(outputs: Tensor, uses: Sequence[Use], column: Tensor) -> list[Tensor | None]:
     """Gradients of ``sum(column * outputs)`` with respect to each recorded module output."""
-    targets = [use.y for use in uses]
-    if not (targets and outputs.requires_grad):
-        return [None] * len(uses)
-    return list(torch.autograd.grad(outputs, targets, column, retain_graph=True, allow_unused=True))
+    found: list[Tensor | None] = [None] * len(uses)
+    edges = [(position, use.edge) for position, use in enumerate(uses) if use.edge is not None]
+    if edges and outputs.requires_grad:
+        positions, targets = zip(*edges, strict=True)
+        grads = torch.autograd.grad(outputs, targets, column, retain_graph=True, allow_unused=True)
+        for position, grad in zip(positions, grads, strict=True):
+            found[position] = grad
+    return found
 
 
 def check_rules(model: nn.Module, weights: Mapping[str, nn.Parameter], inputs: Any) -> None:

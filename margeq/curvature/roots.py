@@ -177,11 +177,11 @@ class TraceHistogram:
 
     def threshold(self, share: float) -> tuple[float, float]:
         """Largest bin edge above which at least ``share`` of the trace lies, and that share."""
-        total = float(self._trace.sum())
-        if total <= 0:
+        kept = self._trace.flip(0).cumsum(0)
+        if kept[-1] <= 0:
             return 0.0, 1.0
-        kept = self._trace.flip(0).cumsum(0) / total
-        reached = int((kept >= min(share, float(kept[-1]))).nonzero()[0])
+        kept = kept / kept[-1]
+        reached = int((kept >= share).nonzero()[0])
         lowest_bin = self._BINS - 1 - reached
         if lowest_bin == 0:
             return 0.0, float(kept[reached])

@@ -73,10 +73,13 @@ def normals(keys: Tensor, stream: int, count: int) -> Tensor:
 
 
 def sample_positions(keys: Tensor, stream: int, n_positions: int, fraction: float) -> Tensor | None:
-    """A systematic sample of shared positions per datum, ``[n, m]``; ``None`` keeps all.
+    """A systematic sample of shared positions per datum.
 
     Each position is included with probability ``m / n_positions``, so that sums over the sample
     times ``n_positions / m`` are unbiased.
+
+    Returns:
+        Positions ``[n, m]``, or ``None`` to keep all.
     """
     count = max(1, round(fraction * n_positions))
     if count >= n_positions:

@@ -91,13 +91,9 @@ def _all_rows(patches: Tensor) -> Tensor:
 
 
 def _rows_at(x: Tensor, patches: Tensor, positions: Tensor, out_shape: torch.Size) -> Tensor:
-    """``[n, m, b, i]``: patches at a sample of positions of each datum, gathered directly.
-
-    Gathers from the flat memory of ``x``, of which ``patches`` is a view: indexing the view itself
-    is three times slower.
-    """
-    n, blocks = patches.shape[:2]
-    n_axes = len(out_shape)
+    """``[n, m, b, i]``: patches at a sample of positions of each datum, gathered directly."""
+    # from the flat memory of x, of which patches is a view: indexing the view is far slower
+    blocks, n_axes = patches.shape[1], len(out_shape)
     offsets = _offsets(patches[0, ..., *[0] * n_axes]).reshape(blocks, -1)
     starts = _offsets(patches[0, 0, 0, *[0] * n_axes]).flatten()[positions]
     starts = starts + _offsets(patches[(slice(None), *[0] * (patches.ndim - 1))])[:, None]

@@ -10,19 +10,23 @@ from margeq.effective_dim import EffectiveDimension, PathRow
 
 __all__ = ["symmetry_table"]
 
-_BAR = 10
+_BAR = 7
 _STYLES = {"selected": "bold green", "mixed": "yellow", "off": "dim"}
 
 
 def symmetry_table(dimension: EffectiveDimension, title: str) -> Table:
     """A rich table with one row per layer and path; names are escaped."""
     table = Table(
-        title=escape(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1)
+        title=escape(title),
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     for name in ("layer", "path"):
         table.add_column(name)
     for name in ("parameters", "prior prec.", "effective", "eff./P", "relative"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("function share", no_wrap=True)
     table.add_column("verdict")
     for row in dimension.paths:

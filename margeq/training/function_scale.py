@@ -88,7 +88,7 @@ def _path_outputs(
 
 def _before_rectifier(outputs: Tensor, uses: list[Use]) -> set[int]:
     """Positions of the uses whose output reaches a rectifier before any other recorded map."""
-    recorded = {use.y.grad_fn: position for position, use in enumerate(uses)}
+    recorded = {use.edge.node: number for number, use in enumerate(uses) if use.edge is not None}
     found: set[int] = set()
     nodes = list(_ancestors([outputs.grad_fn], stop=()))
     for node in nodes:

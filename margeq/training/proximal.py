@@ -117,9 +117,7 @@ class ProximalSteps:
                     parameter.grad.add_(parameter, alpha=precisions[name] / self._n_data)
 
 
-def _sgd_gain(
-    optimizer: Optimizer, group: Group, parameter: nn.Parameter, memory: Memory
-) -> float:
+def _sgd_gain(optimizer: Optimizer, group: Group, parameter: nn.Parameter, memory: Memory) -> float:
     momentum = group["momentum"]
     if not momentum:
         return 1.0

@@ -1,7 +1,0 @@
-"""``python -m margeq``."""
-
-import sys
-
-from margeq.cli import main
-
-sys.exit(main())
