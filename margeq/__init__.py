@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from margeq import curvature, data, laplace, layers, testing
+    from margeq import curvature, data, laplace, layers, models, testing
     from margeq.curvature.io import LinearIO, register_kfac_rule
     from margeq.effective_dim import effective_dimension
     from margeq.laplace import log_marginal_likelihood
@@ -34,6 +34,7 @@ __all__ = [
     "laplace",
     "layers",
     "log_marginal_likelihood",
+    "models",
     "named_hyperparameters",
     "named_weights",
     "optimize_marglik",
@@ -41,7 +42,7 @@ __all__ = [
     "testing",
 ]
 
-_NAMESPACES = ("curvature", "data", "laplace", "layers", "testing")
+_NAMESPACES = ("curvature", "data", "laplace", "layers", "models", "testing")
 _HOMES = {
     "Categorical": "margeq.likelihoods",
     "Gaussian": "margeq.likelihoods",

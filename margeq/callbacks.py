@@ -88,6 +88,9 @@ class RichProgress:
 def progress_callback(progress: str) -> RichProgress | None:
     """The progress callback of a name: ``"auto"`` draws on a terminal only.
 
+    Returns:
+        A callback and context manager, or ``None`` for silence.
+
     Raises:
         ConfigError: for an unknown name.
     """

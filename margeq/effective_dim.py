@@ -105,6 +105,9 @@ class EffectiveDimension:
     def of(self, layer: str, path: str) -> PathRow:
         """The row of one path.
 
+        Returns:
+            The row.
+
         Raises:
             KeyError: if there is no such row.
         """

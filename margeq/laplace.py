@@ -82,6 +82,9 @@ class Evidence:
 def decompose(state: CurvatureState) -> Spectrum:
     """One eigenvalue decomposition per Kronecker factor.
 
+    Returns:
+        Eigenvalues, norms and fit: all that hyperparameter steps need.
+
     Raises:
         NonFiniteError: if a factor is NaN or infinite.
         NotPSDError: if a decomposition fails for good.
@@ -101,6 +104,9 @@ def evidence(spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood) -
         spectrum: from :func:`decompose`.
         prior: precisions, each finite in value and gradient from 1e-30 to 1e30.
         likelihood: noise and temperature.
+
+    Returns:
+        Fit, log-determinant and scatter, each a differentiable scalar in nats.
 
     Raises:
         ConfigError: if prior and spectrum are not about the same weights.
@@ -128,6 +134,9 @@ def log_marginal_likelihood(
         prior: prior precisions.
         likelihood: noise and temperature.
 
+    Returns:
+        A scalar tensor.
+
     Raises:
         ConfigError: if prior and state are not about the same weights.
     """
@@ -138,7 +147,7 @@ def log_marginal_likelihood(
 def effective_parameters(
     spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood
 ) -> dict[str, Tensor]:
-    """``gamma_t = sum lambda / (lambda + delta)`` per weight tensor, between 0 and ``P`` (MacKay)."""
+    """``gamma_t = sum lambda / (lambda + delta)`` per weight tensor, from 0 to ``P`` (MacKay)."""
     log_scale = likelihood.curvature_scale.log().to(spectrum.fit.device)
     return {
         name: torch.sigmoid(logs + log_scale - prior.log_precision_of(name)).sum()

@@ -120,6 +120,9 @@ class Categorical(Likelihood):
     def check_targets(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Labels ``[n]`` as int64; one-hot and integer-valued float labels are accepted.
 
+        Returns:
+            Class indices ``[n]``, int64.
+
         Raises:
             DataError: naming the first label that is no class of the model.
         """
@@ -205,6 +208,9 @@ class Gaussian(Likelihood):
     def check_targets(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Targets of exactly the shape of the outputs, as floats.
 
+        Returns:
+            Targets in the dtype of the outputs.
+
         Raises:
             DataError: if the shapes differ, which would broadcast silently, or on NaN.
         """
@@ -223,6 +229,9 @@ def as_likelihood(
     likelihood: str | Likelihood, *, sigma_noise: float = 1.0, temperature: float = 1.0
 ) -> Likelihood:
     """The likelihood object for a name, or the object itself.
+
+    Returns:
+        A likelihood.
 
     Raises:
         ConfigError: for an unknown name.

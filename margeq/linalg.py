@@ -11,6 +11,7 @@ from margeq.errors import NonFiniteError, NotPSDError, NumericalWarning
 
 __all__ = ["accumulation_dtype", "gram", "is_finite", "log1p_ratio", "psd_eigenvalues"]
 
+_LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 _JITTER_LADDER = (1e-10, 1e-8, 1e-6)
 
 
@@ -69,7 +70,7 @@ def psd_eigenvalues(matrices: Tensor, name: str, resolution: float = 0.0) -> tup
 def _eigvalsh_with_jitter(symmetric: Tensor, name: str) -> Tensor:
     try:
         return torch.linalg.eigvalsh(symmetric)
-    except torch.linalg.LinAlgError:
+    except _LinAlgError:
         pass
     eye = torch.eye(symmetric.shape[-1], dtype=symmetric.dtype, device=symmetric.device)
     mean_diagonal = symmetric.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
@@ -81,7 +82,7 @@ def _eigvalsh_with_jitter(symmetric: Tensor, name: str) -> Tensor:
         )
         try:
             return torch.linalg.eigvalsh(symmetric + jitter * mean_diagonal * eye)
-        except torch.linalg.LinAlgError:
+        except _LinAlgError:
             continue
     raise NotPSDError(
         f"the factor of {name!r} has no eigenvalue decomposition, even with jitter "

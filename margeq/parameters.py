@@ -45,6 +45,9 @@ def named_weights(
         parameters: ``"all"``, or names of parameters or modules to keep; the rest stays at its
             point estimate and has no prior.
 
+    Returns:
+        Name -> parameter, in the order of ``model.named_parameters()``.
+
     Raises:
         ConfigError: if an entry of ``parameters`` names nothing in the model.
         UnsupportedLayerError: if two different parameters share one storage.

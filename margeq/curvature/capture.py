@@ -1,7 +1,7 @@
 """Hooks that record the input and the output of every weight-carrying module in one forward.
 
 Nothing of the caller's model is left changed: hooks are removed, every sub-module gets its own
-train/eval flag back, and in-place activations work on a clone of the hooked output.
+train/eval flag back, and in-place activations work on an alias of the hooked output.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -128,8 +128,24 @@ class _Recorder:
         # taken now: an in-place activation on a view would give the tensor another history
         edge = get_gradient_edge(y) if y.requires_grad else None
         self.uses.append(Use(self.prefix, layer, self.rule, self.names, x.detach(), y, edge))
-        # a copy goes on, so that an in-place activation cannot change the node that we keep
-        return y.clone() if y.requires_grad else y
+        return cast(Tensor, _Alias.apply(y)) if edge is not None else y
+
+
+class _Alias(torch.autograd.Function):
+    """The same values as another node of the graph.
+
+    It goes on in place of the recorded output: an in-place activation then changes this node, and
+    gradients still arrive at the recorded edge. Memory and version counter are shared, so nothing
+    is copied, and overwriting what a backward pass needs is an error as ever.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
 
 
 def require_batch_axis(uses: Sequence[Use], n_data: int) -> None:

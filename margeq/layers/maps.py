@@ -22,6 +22,9 @@ class _MapLayer(Protocol):
 def as_map_shape(name: str, shape: int | Shape, *channels: int) -> torch.Size:
     """A spatial shape; an int stands for a one-dimensional map.
 
+    Returns:
+        The extents.
+
     Raises:
         ConfigError: if an extent, or one of ``channels``, is not a positive integer.
     """

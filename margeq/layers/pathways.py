@@ -124,6 +124,9 @@ def span_dimension(path: nn.Module) -> int:
 
     A layer says so itself in ``span_dimension``; for a plain linear map it is the number of
     weights. In a composition the widest map counts.
+
+    Returns:
+        A number of dimensions, 0 for a path without weights.
     """
     own = getattr(path, "span_dimension", None)
     if own is not None:

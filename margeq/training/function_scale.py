@@ -48,6 +48,9 @@ def function_scale(
     """Trace one batch in evaluation mode and derive the function scale of every weight.
 
     Weights that the network does not use on this batch get precision 1.
+
+    Returns:
+        Precisions, which tensors are biases, and which write the output of a path.
     """
     with eval_mode(model), torch.enable_grad(), record(model, weights) as uses:
         outputs = forward(model, inputs)

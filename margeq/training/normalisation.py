@@ -61,6 +61,9 @@ def scale_invariant_units(
     """Find tensors, and whole path sums, whose common scale the training output ignores.
 
     A functional test on a few rows in train mode; random state and buffers are left unchanged.
+
+    Returns:
+        Groups of tensor names.
     """
     rows = map_tensors(lambda t: t[:_PROBE_ROWS], inputs)
     with _undisturbed(model), torch.no_grad():

@@ -35,6 +35,9 @@ def build_optimizer(
 ) -> Optimizer:
     """Instantiate the user's optimizer without its own weight decay; ``kwargs`` stay untouched.
 
+    Returns:
+        The optimizer.
+
     Raises:
         ConfigError: for a weight decay, ``maximize``, a closure-based optimizer, or arguments that
             the optimizer does not take.

@@ -114,6 +114,9 @@ class MargLikResult:
     def log_bayes_factor(self, other: MargLikResult) -> float:
         """Difference of the log evidences in nats; positive prefers this result.
 
+        Returns:
+            Nats.
+
         Raises:
             FlavourMismatchError: if the two values were approximated differently.
             ConfigError: if they are about different numbers of data.

@@ -66,6 +66,9 @@ class Outcome:
 def run(problem: Problem, start: Start, emit: Callback) -> Outcome:
     """Train from one start; the model holds the last weights afterwards, the outcome the best.
 
+    Returns:
+        The best state by evidence, and the history.
+
     Raises:
         DataError: for batches that cannot be used, or a loader that changes its length.
         NonFiniteError: if loss or evidence stop being finite.

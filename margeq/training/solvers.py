@@ -61,7 +61,8 @@ class MacKay(HyperSolver):
 class AdamSolver(HyperSolver):
     """Adam on log precisions and log noise; its moments live on between refreshes.
 
-    A refresh that ends clearly (0.01 nats per datum) below where it began is taken back and repeated with half the step.
+    A refresh that ends clearly (0.01 nats per datum) below where it began is taken back and
+    repeated with half the step.
 
     Args:
         steps: steps per refresh.
@@ -245,6 +246,9 @@ def _write(values: dict[str, float], prior: GaussianPrior, likelihood: Likelihoo
 
 def hyper_solver(name: str, steps: int, lr: float) -> HyperSolver:
     """The solver of a name.
+
+    Returns:
+        A solver with a memory of its own.
 
     Raises:
         ConfigError: for an unknown name.

@@ -43,6 +43,9 @@ def resolve_starts(model: nn.Module, restarts: str | Sequence[str]) -> list[Star
 
     Without candidate paths ``"auto"`` is a single run from the model's current weights.
 
+    Returns:
+        The starts, in the order in which they run.
+
     Raises:
         ConfigError: for an unknown name.
     """
