@@ -1,7 +1,8 @@
-"""Peak memory of one job in a fresh process: growth of its largest resident set size.
+"""Peak memory of one job in a fresh process: growth of its resident set, sampled by a thread.
 
 ``python -m benchmarks.memory WEIGHTS JOB`` prints mebibytes. The process has imported everything,
 loaded data and trained weights, and run one forward pass before the job starts; the job runs once.
+(The kernel's own high-water mark would not do: imports reach a higher one before the job starts.)
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -20,6 +24,9 @@ from benchmarks.networks import digits, lenet
 from benchmarks.timing import Job
 
 __all__ = ["peak_memory"]
+
+_INTERVAL = 0.0005
+"""Seconds between samples."""
 
 
 def peak_memory(weights: str, jobs: Sequence[Job]) -> dict[str, float]:
@@ -41,14 +48,37 @@ def _main(weights: str, name: str) -> None:
     makers = (neighbour_jobs,) if name.startswith("laplace") else (plain_jobs, curvature_jobs)
     jobs = {job.name: job for make in makers for job in make(model, batches)}
     model(batches[0][0])
-    before = _peak()
-    jobs[name].run()
-    print(max(0.0, _peak() - before))
+    with _Sampler() as sampler:
+        jobs[name].run()
+    print(sampler.growth)
 
 
-def _peak() -> float:
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+class _Sampler:
+    """Largest resident set size while the context is open, in MiB above that at its start."""
+
+    def __enter__(self) -> Self:
+        self._start = self._largest = _resident_mib()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    @property
+    def growth(self) -> float:
+        return self._largest - self._start
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_INTERVAL):
+            self._largest = max(self._largest, _resident_mib())
+
+
+def _resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
 
 
 if __name__ == "__main__":

@@ -69,8 +69,9 @@ class Report:
                 "",
                 *_table(self.rows),
                 "",
-                "Peak memory is the growth of the largest resident set size while the job runs "
-                "once in a fresh process, after imports, data and one forward pass.",
+                "Peak memory is the largest growth of the resident set, sampled every 0.5 ms, "
+                "while the job runs once in a fresh process, after imports, data and one forward "
+                "pass.",
                 "",
                 "## F-FC",
                 "",

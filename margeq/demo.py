@@ -86,6 +86,7 @@ def run_demo(config: DemoConfig, directory: Path, listener: Listener) -> dict[st
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot write to {directory}: {error.strerror}") from error
+    (directory / "events.jsonl").unlink(missing_ok=True)  # of an earlier run in the same place
     summary: dict[str, Any] = {
         "config": asdict(config),
         "versions": {
