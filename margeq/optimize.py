@@ -16,8 +16,8 @@ from torch.optim import Adam, Optimizer
 from margeq.batches import read_batches
 from margeq.callbacks import Callback, Event, progress_callback
 from margeq.curvature.options import KfacOptions
-from margeq.effective_dim import function_variances
-from margeq.errors import ConfigError, ConvergenceWarning, CurvatureError
+from margeq.errors import ConfigError, ConvergenceWarning
+from margeq.function_share import function_variances
 from margeq.laplace import hyper_gradient
 from margeq.likelihoods import Likelihood, as_likelihood
 from margeq.parameters import named_hyperparameters
@@ -28,11 +28,10 @@ from margeq.training.guards import (
     random_devices,
     transaction,
 )
-from margeq.training.history import History
 from margeq.training.problem import Problem, Schedule, first_look
 from margeq.training.result import Diagnostics, MargLikResult, Restart
 from margeq.training.run import Outcome, run
-from margeq.training.starts import Start, resolve_starts
+from margeq.training.starts import resolve_starts
 
 __all__ = ["MargLikResult", "optimize_marglik"]
 
@@ -176,7 +175,9 @@ def optimize_marglik(
             rewind()
             torch.manual_seed(run_seed)
             emit(Event("start", {"start": start.name, "n_epochs": n_epochs}))
-            outcomes.append(_guarded_run(problem, start, emit))
+            outcomes.append(run(problem, start, emit))
+            value = outcomes[-1].log_marginal_likelihood
+            emit(Event("end", {"start": start.name, "log_marginal_likelihood": value}))
         return _finish(problem, outcomes, emit)
 
 
@@ -223,20 +224,6 @@ class _Fan:
     def __call__(self, event: Event) -> None:
         for callback in self._callbacks:
             callback(event)
-
-
-def _guarded_run(problem: Problem, start: Start, emit: Callback) -> Outcome:
-    """A numerically failed restart is listed, not fatal, as long as another one succeeds."""
-    try:
-        outcome = run(problem, start, emit)
-    except CurvatureError as error:
-        failed = History()
-        outcome = Outcome(
-            start.name, -math.inf, 0, {}, problem.prior, problem.likelihood, None, failed, error
-        )
-    value = outcome.log_marginal_likelihood
-    emit(Event("end", {"start": start.name, "log_marginal_likelihood": value}))
-    return outcome
 
 
 def _finish(problem: Problem, outcomes: list[Outcome], emit: Callback) -> MargLikResult:

@@ -19,7 +19,7 @@ LAYOUT = [
     ["parameters", "curvature", "batches"],
     ["layers"],
     ["likelihoods", "priors"],
-    ["accumulation", "laplace", "effective_dim"],
+    ["accumulation", "laplace", "effective_dim", "function_share"],
     ["optimize", "training", "checkpoint", "distributed", "callbacks"],
     ["convert", "models", "data"],
     [

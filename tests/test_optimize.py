@@ -102,7 +102,7 @@ def test_a_bad_label_in_a_later_batch_is_found_too():
     x, y = data()
     y[59] = -1
     model = mlp()
-    with unchanged(model), pytest.raises(DataError, match="label -1 at index 9"):
+    with unchanged(model), pytest.raises(DataError, match="batch 2: label -1 at index 9"):
         fit(model, loader(x, y))
 
 

@@ -11,7 +11,7 @@ from torch import nn
 import margeq
 from margeq.batches import Batch
 from margeq.curvature.capture import eval_mode
-from margeq.effective_dim import function_variances, shares
+from margeq.function_share import function_variances, shares
 from margeq.layers import FactoredLinear2d, Linear2d, PolyphaseSubsample, ResidualPathways
 from margeq.models import digit_network
 from margeq.parameters import named_weights

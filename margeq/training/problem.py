@@ -98,14 +98,8 @@ def first_look(
         raise ConfigError("the model has no trainable weight to learn a prior for")
     require_rules(model, weights)
     device = next(model.parameters()).device
-    first, n_data = None, 0
-    for batch in read_batches(train_loader, device, batch_fn):
-        first = batch if first is None else first
-        n_data += len(batch)
-    if first is None:
-        raise DataError("loader yielded 0 samples")
+    first, n_data = _read_once(model, read_batches(train_loader, device, batch_fn), likelihood)
     _warn_unseen(train_loader, n_data)
-    _check_outputs(model, likelihood, first)
     check_rules(model, weights, first.inputs)
     scale = function_scale(model, weights, first.inputs)
     by_function = isinstance(prior_prec_init, str)
@@ -139,9 +133,29 @@ def _warn_unseen(loader: Iterable[Any], n_data: int) -> None:
         )
 
 
-def _check_outputs(model: nn.Module, likelihood: Likelihood, batch: Batch) -> None:
+def _read_once(
+    model: nn.Module, batches: Iterable[Batch], likelihood: Likelihood
+) -> tuple[Batch, int]:
+    """First batch and number of data; every target is checked before anything is trained."""
+    first, template, n_data = None, None, 0
+    for batch in batches:
+        if first is None or template is None:
+            first, template = batch, _outputs(model, batch)
+        likely = template[:1].expand(len(batch), *template.shape[1:])
+        try:
+            likelihood.check_targets(likely, batch.targets)
+        except DataError as error:
+            raise DataError(f"batch {batch.index}: {error}") from error
+        n_data += len(batch)
+    if first is None:
+        raise DataError("loader yielded 0 samples")
+    return first, n_data
+
+
+def _outputs(model: nn.Module, batch: Batch) -> Tensor:
     with eval_mode(model), torch.no_grad():
         outputs = forward(model, batch.inputs)
-    if not isinstance(outputs, Tensor):
-        raise DataError(f"the model returned {type(outputs).__name__}, not a tensor")
-    likelihood.check_targets(outputs, batch.targets)
+    if not isinstance(outputs, Tensor) or outputs.ndim == 0 or len(outputs) != len(batch):
+        what = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise DataError(f"the model returned {what} for {len(batch)} data, expected [n, ...]")
+    return outputs

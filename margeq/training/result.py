@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from margeq.curvature.options import EvidenceFlavour
-from margeq.effective_dim import EffectiveDimension, Variances, effective_dimension
+from margeq.effective_dim import EffectiveDimension, effective_dimension
 from margeq.errors import ConfigError
+from margeq.function_share import Variances
 from margeq.laplace import Spectrum
 from margeq.likelihoods import Likelihood
 from margeq.priors import GaussianPrior

@@ -17,8 +17,8 @@ from torch import Tensor
 from margeq.accumulation import accumulate_with
 from margeq.batches import Batch, read_batches
 from margeq.curvature.capture import forward
-from margeq.effective_dim import function_variances, shares
-from margeq.errors import DataError, DeterminismWarning, NonFiniteError
+from margeq.errors import CurvatureError, DataError, DeterminismWarning, NonFiniteError
+from margeq.function_share import function_variances, shares
 from margeq.laplace import Spectrum, decompose, effective_parameters, evidence
 from margeq.likelihoods import Gaussian, Likelihood
 from margeq.parameters import path_prefixes, path_sums
@@ -66,19 +66,23 @@ class Outcome:
 def run(problem: Problem, start: Start, emit: Callback) -> Outcome:
     """Train from one start; the model holds the last weights afterwards, the outcome the best.
 
+    A numerical failure is an outcome too: listed, not fatal, as long as another start succeeds.
+
     Returns:
         The best state by evidence, and the history.
 
     Raises:
         DataError: for batches that cannot be used, or a loader that changes its length.
-        NonFiniteError: if loss or evidence stop being finite.
     """
     trainer = _Run(problem, start, emit)
-    for epoch in range(1, problem.schedule.n_epochs + 1):
-        trainer.train_epoch(epoch)
-        if problem.schedule.is_due(epoch):
-            trainer.update(epoch)
-    return trainer.outcome()
+    try:
+        for epoch in range(1, problem.schedule.n_epochs + 1):
+            trainer.train_epoch(epoch)
+            if problem.schedule.is_due(epoch):
+                trainer.update(epoch)
+        return trainer.outcome()
+    except CurvatureError as error:
+        return trainer.failure(error)
 
 
 class _Run:
@@ -257,6 +261,12 @@ class _Run:
         return [name for name in self._p.weights if name.startswith(f"{prefix}.")]
 
     # -- result ----------------------------------------------------------------------------------
+
+    def failure(self, error: CurvatureError) -> Outcome:
+        """What is left of a run that failed numerically."""
+        name = self._start.name
+        prior, likelihood = self._prior, self._likelihood
+        return Outcome(name, -math.inf, 0, {}, prior, likelihood, None, self._history, error)
 
     def outcome(self) -> Outcome:
         """The best state, with its hyperparameters converged on its own curvature."""
