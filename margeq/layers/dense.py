@@ -15,12 +15,12 @@ from margeq.curvature.io import (
     bias_rows,
     register_split_rule,
 )
-from margeq.layers.maps import Shape, as_map_shape, check_map, default_init
+from margeq.layers.maps import MapLayer, Shape, default_init
 
 __all__ = ["Linear2d"]
 
 
-class Linear2d(nn.Module):
+class Linear2d(MapLayer):
     """Fully connected map between feature maps, the least constrained path (ELLA eq. 1).
 
         y[n,o] = sum_i W[o,i] x[n,i] + b[o],   o = (channel d, position y), i = (c, x)
@@ -48,10 +48,7 @@ class Linear2d(nn.Module):
         out_shape: int | Shape,
         bias: bool = True,
     ) -> None:
-        super().__init__()
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.in_shape = as_map_shape("in_shape", in_shape, in_channels, out_channels)
-        self.out_shape = as_map_shape("out_shape", out_shape)
+        super().__init__(in_channels, out_channels, in_shape, out_shape)
         fan_out = out_channels * self.out_shape.numel()
         self.weight = nn.Parameter(torch.empty(fan_out, in_channels * self.in_shape.numel()))
         self.bias = nn.Parameter(torch.empty(fan_out)) if bias else None
@@ -65,20 +62,13 @@ class Linear2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[n, C, *in_shape]`` to ``[n, D, *out_shape]``."""
-        check_map(self, x)
+        self.check_input(x)
         y = nn.functional.linear(x.flatten(1), self.weight, self.bias)
         return y.reshape(len(x), self.out_channels, *self.out_shape)
 
     def induced_weight(self) -> Tensor:
         """The map as a matrix, ``[D * Y, C * X]``."""
         return self.weight
-
-    def extra_repr(self) -> str:
-        """Sizes, for ``print(model)``."""
-        return (
-            f"{self.in_channels}, {self.out_channels}, in_shape={tuple(self.in_shape)}, "
-            f"out_shape={tuple(self.out_shape)}, bias={self.bias is not None}"
-        )
 
 
 def _linear_inputs(

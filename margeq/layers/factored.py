@@ -15,12 +15,12 @@ from margeq.curvature.io import (
     bias_rows,
     register_split_rule,
 )
-from margeq.layers.maps import Shape, as_map_shape, check_map, default_init
+from margeq.layers.maps import MapLayer, Shape, default_init
 
 __all__ = ["FactoredLinear2d"]
 
 
-class FactoredLinear2d(nn.Module):
+class FactoredLinear2d(MapLayer):
     """Factored fully connected map between feature maps (F-FC, ELLA eq. 5).
 
         h[n,d,c] = sum_x U[d,c,x] x[n,c,x] + bU[d]
@@ -55,10 +55,7 @@ class FactoredLinear2d(nn.Module):
         out_shape: int | Shape,
         bias: bool = True,
     ) -> None:
-        super().__init__()
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.in_shape = as_map_shape("in_shape", in_shape, in_channels, out_channels)
-        self.out_shape = as_map_shape("out_shape", out_shape)
+        super().__init__(in_channels, out_channels, in_shape, out_shape)
         positions_in, positions_out = self.in_shape.numel(), self.out_shape.numel()
         self.weight_u = nn.Parameter(torch.empty(out_channels, in_channels, positions_in))
         self.weight_v = nn.Parameter(torch.empty(positions_out, out_channels, in_channels))
@@ -86,7 +83,7 @@ class FactoredLinear2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[n, C, *in_shape]`` to ``[n, D, *out_shape]``."""
-        check_map(self, x)
+        self.check_input(x)
         y = torch.einsum("ndc,ydc->ndy", self.hidden(x), self.weight_v)
         if self.bias_v is not None:
             y = y + self.bias_v
@@ -96,13 +93,6 @@ class FactoredLinear2d(nn.Module):
         """The map as a matrix ``[D * Y, C * X]``; materialised, for reports and tests."""
         dense = torch.einsum("ydc,dcx->dycx", self.weight_v, self.weight_u)
         return dense.flatten(2).flatten(0, 1)
-
-    def extra_repr(self) -> str:
-        """Sizes, for ``print(model)``."""
-        return (
-            f"{self.in_channels}, {self.out_channels}, in_shape={tuple(self.in_shape)}, "
-            f"out_shape={tuple(self.out_shape)}, bias={self.bias_u is not None}"
-        )
 
 
 def _inputs(
