@@ -1,4 +1,4 @@
-"""F-FC as einsum against the same map with block-diagonal matrices (METHOD, flaw 11)."""
+"""F-FC as einsum against the same map with block-diagonal matrices."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Both of its back-ends take expand for the biases of convolutions too (measured: to 1e-15), so
 parity needs ``bias_approx="expand"``; the default, exact bias blocks, differs. BackPACK is left
-out for convolutions, whose curvature it over-scales (PEERS 3.4). All in float64.
+out for convolutions, whose curvature it over-scales. All in float64.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def test_exact_bias_blocks_make_a_difference_for_convolutions_only(laplace_torch
 
 @BACKENDS
 def test_laplace_torch_is_wrong_for_circular_padding(laplace_torch, backend):
-    """Its patches are zero-padded (METHOD 5.4); tests/test_exactness.py shows that ours are not."""
+    """Its patches are zero-padded; tests/test_exactness.py shows that ours are not."""
     model, shape = cnn("circular")
     batch = data_for(model, Categorical(), 20, *shape)
     expected = theirs(laplace_torch, backend, model, batch, Categorical())

@@ -1,4 +1,4 @@
-"""The layout of DESIGN: a module imports only from its own section and the ones above."""
+"""The layout of the package: a module imports only from its own section and the ones above."""
 
 from __future__ import annotations
 

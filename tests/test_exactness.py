@@ -1,4 +1,4 @@
-"""Where a Kronecker block has to be exact, and where it must not be (METHOD.md 2.4).
+"""Where a Kronecker block has to be exact, and where it must not be.
 
 The reference is the dense GGN from autograd Jacobians; float64 throughout. Exact means 1e-10,
 inexact more than 1 %, both relative in Frobenius norm.
@@ -218,7 +218,7 @@ def test_f_fc_with_averaged_gradient_covariance_is_inexact(name):
     assert relative_error(kron.to_dense(), dense) > INEXACT
 
 
-# --- padding: the neighbouring libraries take zero-padded patches for every mode (METHOD 5.4)
+# --- padding: the neighbouring libraries take zero-padded patches for every mode
 
 
 def zero_padded(model, x, kron):

@@ -21,7 +21,7 @@ def test_layer_keeps_the_contract(case):
     check_layer(case)
 
 
-# --- F-FC equals the block-diagonal formulation of the paper (METHOD 2.1, 5.11)
+# --- F-FC equals the block-diagonal formulation of the paper
 
 
 def block_diagonal_f_fc(layer, x):
@@ -44,7 +44,7 @@ def test_f_fc_is_the_block_diagonal_formulation():
     torch.testing.assert_close(layer(x), block_diagonal_f_fc(layer, x), rtol=1e-12, atol=1e-12)
 
 
-# --- parameter counts of the paper's architecture, width 10 (METHOD 1.4, 1.5)
+# --- parameter counts of the paper's architecture, width 10
 
 WIDTHS = [3, 10, 20, 20, 40, 40, 80, 80, 160]
 SIZES = [32, 32, 16, 16, 8, 8, 4, 2, 1]

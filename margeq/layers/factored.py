@@ -27,7 +27,7 @@ class FactoredLinear2d(MapLayer):
         y[n,d,y] = sum_c V[y,d,c] h[n,d,c] + bV[y]
 
     ``U`` is C independent maps X -> D, ``V`` is D independent maps C -> Y, so the curvature has C
-    and D independent blocks (no weight is shared; METHOD 2.1).
+    and D independent blocks (no weight is shared).
 
     Args:
         in_channels: ``C``.

@@ -3,7 +3,7 @@
     delta_0 = fan_in * scale^2 / gain^2
 
 with ``gain^2 = 2`` for the last map before a rectifier and 1 otherwise, ``scale`` the factor of a
-path sum, and ``delta_0 = scale^2`` for biases (METHOD 3a). A path of 32,000 weights and one of 72
+path sum, and ``delta_0 = scale^2`` for biases. A path of 32,000 weights and one of 72
 then begin with the same output variance.
 """
 

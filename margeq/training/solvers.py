@@ -40,7 +40,7 @@ class MacKay(HyperSolver):
     """Fixed point ``delta = gamma / |theta|^2``, ``sigma^2 = SSE / (N K - T gamma)``.
 
     Args:
-        steps: iterations per refresh; three choose the same paths as twenty (METHOD 3a).
+        steps: iterations per refresh; three choose the same paths as twenty.
     """
 
     def __init__(self, steps: int = 3) -> None:
