@@ -117,11 +117,11 @@ def _factored_table(rows: Sequence[FactoredRow]) -> list[str]:
 
 
 def _rounded(value: object) -> object:
-    """Four significant digits: more would only be noise in the history of the file."""
+    """Five significant digits: more would only be noise in the history of the file."""
     if isinstance(value, dict):
         return {key: _rounded(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [_rounded(entry) for entry in value]
     if isinstance(value, float):
-        return float(f"{value:.4g}")
+        return float(f"{value:.5g}")
     return value
