@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -51,10 +52,12 @@ def evidence_figure(result: MargLikResult) -> Figure:
     """Log marginal likelihood of every restart, and fit and Occam term of the kept one."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for restart in result.restarts:
+    for number, restart in enumerate(result.restarts):
         epochs = [u.epoch for u in restart.history.updates]
         values = [u.log_marginal_likelihood / result.n_data for u in restart.history.updates]
-        style = {"lw": 2.2, "color": "black"} if restart.kept else {"lw": 1.2, "alpha": 0.8}
+        # paths own the colours: restarts differ by their dashes
+        thin = {"lw": 1.2, "color": _GREY, "ls": ("--", ":", "-.", "-")[number % 4]}
+        style = {"lw": 2.2, "color": "black"} if restart.kept else thin
         label = f"{restart.start}{' (kept)' if restart.kept else ''}"
         left.plot(epochs, values, label=label, marker=".", **style)
     _label(left, "every restart", "epoch", "log marginal likelihood\nper datum [nats]")
@@ -71,7 +74,7 @@ def evidence_figure(result: MargLikResult) -> Figure:
 
 
 def precision_figure(result: MargLikResult) -> Figure | None:
-    """Prior precisions of the path weights over time; dotted where a path fades away."""
+    """Prior precisions of the path weights while they are on; dotted where a path fades away."""
     layers = path_prefixes(result.model)
     if not layers:
         return None
@@ -85,13 +88,17 @@ def precision_figure(result: MargLikResult) -> Figure | None:
             tensors = [t for t in _weights(result, prefix) if t in result.prior.groups]
             for number, tensor in enumerate(tensors):
                 group = result.prior.groups[tensor]
-                values = [u.prior_precision[group] for u in updates]
+                values = [
+                    u.prior_precision[group] if u.function_share[layer][path] > 0 else math.nan
+                    for u in updates
+                ]
                 dash = ("-", "--", ":")[number % 3]
                 label = f"{path} {tensor.removeprefix(prefix).strip('.')}"
                 axis.semilogy(epochs, values, color=colours[path], ls=dash, label=label)
             fade = _fading_epoch(result, layer, path)
             if fade is not None:
-                axis.axvline(fade, color=colours[path], ls=":", lw=1)
+                label = f"{path} below {_FADE_SHARE:.0%} of the function"
+                axis.axvline(fade, color=colours[path], ls=":", lw=1, label=label)
         _label(axis, layer, "epoch", "prior precision [1/weight²]" if axis is axes[0] else "")
     return figure
 
@@ -124,12 +131,13 @@ def filter_figure(model: nn.Module) -> Figure | None:
     figure = Figure(figsize=(9, 1.35 * len(shown) + 0.4), layout="constrained")
     grid = figure.subplots(len(shown), 8, squeeze=False)
     for row, (path, picture) in zip(grid, shown.items(), strict=True):
-        limit = float(picture.abs().max()) or 1.0
+        limit = float(picture.abs().max())
         for axis in row:
             axis.set_axis_off()
         for axis, image in zip(row, picture, strict=False):
-            axis.imshow(image, cmap="RdBu_r", vmin=-limit, vmax=limit)
-        row[0].set_title(f"{path}  (largest |weight| {limit:.2g})", loc="left", fontsize=9)
+            axis.imshow(image, cmap="RdBu_r", vmin=-limit or -1.0, vmax=limit or 1.0)
+        note = f"largest |weight| {limit:.2g}" if limit else "off"
+        row[0].set_title(f"{path}  ({note})", loc="left", fontsize=9)
     return figure
 
 
