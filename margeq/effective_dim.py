@@ -113,17 +113,19 @@ class EffectiveDimension:
 
     @property
     def layers(self) -> dict[str, float]:
-        """Raw effective parameters per layer."""
+        """Raw effective parameters per layer; a path sum inside a path is counted in both."""
         totals: dict[str, float] = {}
         for row in self.paths:
             totals[row.layer] = totals.get(row.layer, 0.0) + row.effective
         return totals
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Plain data for JSON; a frozen tensor has no precision, ``None``."""
         return {
-            "paths": [asdict(row) for row in self.paths],
-            "tensors": [asdict(row) | {"normalised": row.normalised} for row in self.tensors],
+            "paths": [_without_nan(asdict(row)) for row in self.paths],
+            "tensors": [
+                _without_nan(asdict(row) | {"normalised": row.normalised}) for row in self.tensors
+            ],
             "selected": dict(self.selected),
         }
 
@@ -167,10 +169,11 @@ def effective_dimension(
     """
     tensors = _tensor_rows(model, effective_parameters(spectrum, prior, likelihood), prior)
     by_share = shares(variances)
+    layers = dict.fromkeys(layer for t in tensors for layer, _ in _places(model, t.name))
     rows: list[PathRow] = []
-    for layer in dict.fromkeys(row.layer for row in tensors):
-        members = [row for row in tensors if row.layer == layer]
-        rows.extend(_path_rows(layer, members, prior, by_share.get(layer, {})))
+    for layer in layers:
+        inside = [t for t in tensors if layer in dict(_places(model, t.name))]
+        rows.extend(_path_rows(layer, inside, prior, by_share.get(layer, {})))
     selected = {layer: max(s, key=lambda p: s[p]) for layer, s in by_share.items()}
     return EffectiveDimension(tuple(rows), tuple(tensors), selected)
 
@@ -180,7 +183,7 @@ def _tensor_rows(
 ) -> list[TensorRow]:
     rows = []
     for name, parameter in model.named_parameters():
-        layer, path = _place(model, name)
+        layer, path = _places(model, name)[-1]
         known = name in gammas
         if not known and parameter.requires_grad:
             continue  # trained, but excluded from the Laplace approximation
@@ -192,20 +195,22 @@ def _tensor_rows(
     return rows
 
 
-def _place(model: nn.Module, tensor: str) -> tuple[str, str]:
-    """Layer and path of a tensor; the outermost path sum is the layer."""
-    for layer, named in path_prefixes(model).items():
-        for path, prefix in named.items():
-            if tensor.startswith(f"{prefix}."):
-                return layer, path
-    return tensor.rpartition(".")[0], ""
+def _places(model: nn.Module, tensor: str) -> list[tuple[str, str]]:
+    """Layers and paths that a tensor belongs to, from the outermost path sum inwards."""
+    found = [
+        (layer, path)
+        for layer, named in path_prefixes(model).items()
+        for path, prefix in named.items()
+        if tensor.startswith(f"{prefix}.")
+    ]
+    return found or [(tensor.rpartition(".")[0], "")]
 
 
 def _path_rows(
     layer: str, tensors: list[TensorRow], prior: GaussianPrior, by_share: Mapping[str, float]
 ) -> list[PathRow]:
     paths = list(by_share) or [""]
-    members = {path: [t for t in tensors if t.path == path] for path in paths}
+    members = {path: [t for t in tensors if _is_below(t.name, layer, path)] for path in paths}
     weights = {path: _without_biases(members[path]) for path in paths}
     normalised = {p: _mean([t.normalised for t in weights[p]]) for p in paths}
     prior_variance = {p: _prior_variance(weights[p], prior) for p in paths}
@@ -225,6 +230,11 @@ def _path_rows(
         )
         for path in paths
     ]
+
+
+def _is_below(tensor: str, layer: str, path: str) -> bool:
+    prefix = f"{layer}.paths.{path}." if layer else f"paths.{path}."
+    return not path or tensor.startswith(prefix)
 
 
 def _verdict(path: str, tensors: list[TensorRow], by_share: Mapping[str, float]) -> str:
@@ -252,6 +262,10 @@ def _prior_variance(tensors: list[TensorRow], prior: GaussianPrior) -> float:
             group = prior.groups[t.name]
             log_variance += prior.log_center[group] - float(prior.log_prior_precision[group])
     return float(torch.tensor(log_variance, dtype=torch.float64).exp())
+
+
+def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if value != value else value for key, value in row.items()}
 
 
 def _geometric_mean(values: list[float]) -> float:

@@ -188,6 +188,13 @@ def test_dictionary_batches_need_a_function_and_then_work():
     assert fit(model, batches, batch_fn=lambda b: (b["features"], b["labels"])).n_data == 60
 
 
+def test_inputs_that_the_model_cannot_process_are_described():
+    x, y = data()
+    model = mlp()
+    with unchanged(model), pytest.raises(DataError, match=r"\(25, 4\) torch\.float64.*dtype"):
+        fit(model, loader(x.double(), y))
+
+
 def test_several_inputs_go_by_position_or_by_name():
     class Two(nn.Module):
         def __init__(self):
@@ -655,3 +662,20 @@ def test_result_is_plain_data_for_json():
     x, y = data()
     text = json.dumps(fit(mlp(), loader(x, y)).to_dict(), default=float)
     assert "log_marginal_likelihood" in json.loads(text)
+    frozen = mlp()
+    frozen[0].requires_grad_(False)
+    json.dumps(fit(frozen, loader(x, y)).to_dict(), default=float, allow_nan=False)
+
+
+def test_path_sums_inside_paths_have_rows_of_their_own():
+    x = torch.randn(40, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    y = (x.mean((1, 2, 3)) > 0).long()
+    inner = ResidualPathways({"a": nn.Conv2d(2, 3, 3, padding=1), "b": nn.Conv2d(2, 3, 1)})
+    fc = FactoredLinear2d(2, 3, (4, 4), (4, 4))
+    outer = ResidualPathways({"in": inner, "fc": fc})
+    head = (nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    table = fit(nn.Sequential(outer, *head), [(x, y)], restarts="free").effective_dimension()
+    rows = [(row.layer, row.path) for row in table.paths]
+    assert rows == [("0", "in"), ("0", "fc"), ("0.paths.in", "a"), ("0.paths.in", "b"), ("4", "")]
+    inside = table.of("0.paths.in", "a").parameters + table.of("0.paths.in", "b").parameters
+    assert table.of("0", "in").parameters == inside

@@ -15,6 +15,7 @@ from margeq.accumulation import InputCovCache
 from margeq.batches import Batch, read_batches
 from margeq.curvature.capture import check_rules, eval_mode, forward, require_rules
 from margeq.curvature.options import KfacOptions
+from margeq.curvature.sampling import tensors_of
 from margeq.errors import ConfigError, DataError, DataWarning
 from margeq.likelihoods import Likelihood
 from margeq.parameters import named_weights
@@ -153,8 +154,14 @@ def _read_once(
 
 
 def _outputs(model: nn.Module, batch: Batch) -> Tensor:
-    with eval_mode(model), torch.no_grad():
-        outputs = forward(model, batch.inputs)
+    try:
+        with eval_mode(model), torch.no_grad():
+            outputs = forward(model, batch.inputs)
+    except (RuntimeError, TypeError, ValueError) as error:
+        seen = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors_of(batch.inputs))
+        raise DataError(
+            f"the model cannot process batch {batch.index} with inputs {seen}: {error}"
+        ) from error
     if not isinstance(outputs, Tensor) or outputs.ndim == 0 or len(outputs) != len(batch):
         what = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise DataError(f"the model returned {what} for {len(batch)} data, expected [n, ...]")

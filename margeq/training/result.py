@@ -149,7 +149,7 @@ class MargLikResult:
             "restarts": [
                 {
                     "start": r.start,
-                    "log_marginal_likelihood": r.log_marginal_likelihood,
+                    "log_marginal_likelihood": None if r.error else r.log_marginal_likelihood,
                     "kept": r.kept,
                     "error": r.error,
                     "history": r.history.to_dict(),
