@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from margeq import curvature, data, laplace, layers, models, testing
+    from margeq import callbacks, curvature, data, errors, laplace, layers, models, testing
     from margeq.curvature.io import LinearIO, register_kfac_rule
     from margeq.effective_dim import effective_dimension
     from margeq.laplace import log_marginal_likelihood
@@ -28,9 +28,11 @@ __all__ = [
     "GaussianPrior",
     "LinearIO",
     "MargLikResult",
+    "callbacks",
     "curvature",
     "data",
     "effective_dimension",
+    "errors",
     "laplace",
     "layers",
     "log_marginal_likelihood",
@@ -42,7 +44,7 @@ __all__ = [
     "testing",
 ]
 
-_NAMESPACES = ("curvature", "data", "laplace", "layers", "models", "testing")
+_NAMESPACES = ("callbacks", "curvature", "data", "errors", "laplace", "layers", "models", "testing")
 _HOMES = {
     "Categorical": "margeq.likelihoods",
     "Gaussian": "margeq.likelihoods",

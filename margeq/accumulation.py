@@ -29,7 +29,7 @@ from margeq.curvature.kron import BlockKron
 from margeq.curvature.options import EvidenceFlavour, KfacOptions
 from margeq.curvature.packing import ColumnPlan, kept_columns, regrouped
 from margeq.curvature.sampling import checksum, reseeded, sample_keys
-from margeq.errors import NonFiniteError
+from margeq.errors import ConfigError, NonFiniteError
 from margeq.likelihoods import Likelihood, as_likelihood
 from margeq.linalg import accumulation_dtype, is_finite
 from margeq.parameters import named_weights
@@ -120,7 +120,10 @@ def accumulate_with(
 ) -> CurvatureState:
     """As :func:`accumulate`, with ready-made options and an optional input-factor cache."""
     weights = named_weights(model, parameters)
+    if not weights:
+        raise ConfigError("the model has no trainable weight to compute a curvature for")
     require_rules(model, weights)
+    options.require_known(weights)
     device = next(model.parameters()).device
 
     def batches() -> Iterable[Batch]:
@@ -138,7 +141,8 @@ def accumulate_with(
             model, loader, likelihood, options, parameters=parameters, batch_fn=batch_fn
         )
     label = "all" if parameters == "all" else repr(sorted(parameters))
-    return run.state(options.flavour(type(likelihood).__name__, label))
+    name = type(likelihood).__name__
+    return run.state(options.flavour(name, label, likelihood.temperature))
 
 
 class _Pass:

@@ -79,14 +79,19 @@ def read_batches(
         DataError: for no batches, a batch that is no ``(inputs, targets)`` pair, inputs and
             targets of different length, or a NaN or infinite input.
     """
-    index = -1
-    for index, raw in enumerate(loader):
+    n_data = 0
+    try:
+        raw_batches = enumerate(loader)
+    except TypeError as error:
+        raise DataError(f"the loader, a {type(loader).__name__}, is not iterable") from error
+    for index, raw in raw_batches:
         inputs, targets = _unpack(raw, index, batch_fn)
         batch = Batch(index, map_tensors(lambda t: t.to(device), inputs), targets.to(device))
         _check(batch)
+        n_data += len(batch)
         if len(batch):
             yield batch
-    if index < 0:
+    if not n_data:
         raise DataError(
             "loader yielded 0 samples; it must be re-iterable (a DataLoader or a list of "
             "batches, not a generator) and its data set must not be empty"

@@ -6,7 +6,9 @@ The library never prints; progress on a terminal is a callback like any other.
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,11 +16,11 @@ from typing import Any, Self
 from margeq.errors import ConfigError
 from margeq.training.history import Callback, Event
 
-__all__ = ["Callback", "Event", "JsonlCallback", "RichProgress", "progress_callback"]
+__all__ = ["Callback", "Event", "JsonlCallback", "RichProgress", "progress_callback", "to_json"]
 
 
 class JsonlCallback:
-    """Append every event as one JSON line.
+    """Append every event as one JSON line; a number that is not finite becomes ``null``.
 
     Args:
         path: file to append to; its folder must exist.
@@ -29,9 +31,28 @@ class JsonlCallback:
 
     def __call__(self, event: Event) -> None:
         """Write one line."""
-        line = json.dumps({"event": event.kind, **event.data}, default=float)
+        line = to_json({"event": event.kind, **event.data})
         with self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+
+def to_json(data: Any, indent: int | None = None) -> str:
+    """Valid JSON of plain data, in which NaN and infinities are ``null``."""
+    return json.dumps(_plain(data), indent=indent, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return str(value)
+    return number if math.isfinite(number) else None
 
 
 class RichProgress:

@@ -6,10 +6,10 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from margeq import __version__
-from margeq.callbacks import Callback, Event, JsonlCallback
+from margeq.callbacks import Callback, Event, JsonlCallback, to_json
 from margeq.config import DemoConfig
 from margeq.data import DigitTask, place_digits
 from margeq.errors import ConfigError
@@ -80,13 +80,13 @@ def run_demo(config: DemoConfig, directory: Path, listener: Listener) -> dict[st
         The content of ``result.json``.
 
     Raises:
-        ConfigError: if the directory cannot be created.
+        ConfigError: if the directory or a file in it cannot be written.
     """
-    try:
+    with _writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot write to {directory}: {error.strerror}") from error
-    (directory / "events.jsonl").unlink(missing_ok=True)  # of an earlier run in the same place
+        # of an earlier run in the same place; also shows before the work that writing is possible
+        (directory / "result.json").unlink(missing_ok=True)
+        (directory / "events.jsonl").write_text("", encoding="utf-8")
     summary: dict[str, Any] = {
         "config": asdict(config),
         "versions": {
@@ -101,17 +101,26 @@ def run_demo(config: DemoConfig, directory: Path, listener: Listener) -> dict[st
         answer = _answer(question, config, directory, listener)
         summary["questions"][question] = _plain(answer)
         listener.answered(answer)
-    text = json.dumps(summary, indent=1, default=float, allow_nan=False)
-    (directory / "result.json").write_text(text + "\n", encoding="utf-8")
+    with _writing(directory):
+        text = to_json(summary, indent=1)
+        (directory / "result.json").write_text(text + "\n", encoding="utf-8")
     return summary
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        place, reason = error.filename or directory, error.strerror or error
+        raise ConfigError(f"cannot write to {place}: {reason}") from error
 
 
 def _answer(question: Question, config: DemoConfig, directory: Path, listener: Listener) -> Answer:
     began = time.perf_counter()
     task = place_digits(question, seed=config.seed).standardised()
     network = digit_network(_CLASSES[question])
-    log = _tagged(JsonlCallback(directory / "events.jsonl"), question)
-    callbacks = [log, *listener.callbacks(question)]
+    callbacks = [_log(directory, question), *listener.callbacks(question)]
     restarts = "auto" if config.restarts == "auto" else config.restarts.split(",")
     result = _train(network, task, config, restarts, callbacks)
     conv_only = None
@@ -119,7 +128,8 @@ def _answer(question: Question, config: DemoConfig, directory: Path, listener: L
         plain = digit_network(_CLASSES[question], paths=("conv",))
         alone = _train(plain, task, config, "symmetric", listener.callbacks("corner, CONV only"))
         conv_only = (_accuracy(plain, task), alone.log_marginal_likelihood / alone.n_data)
-    figures = save_figures(result, directory, f"{question}-")
+    with _writing(directory):
+        figures = save_figures(result, directory, f"{question}-")
     seconds = time.perf_counter() - began
     return Answer(question, result, _accuracy(network, task), conv_only, seconds, figures)
 
@@ -150,8 +160,14 @@ def _train(
     )
 
 
-def _tagged(callback: Callback, question: str) -> Callable[[Event], None]:
-    return lambda event: callback(Event(event.kind, {"question": question, **event.data}))
+def _log(directory: Path, question: str) -> Callback:
+    write = JsonlCallback(directory / "events.jsonl")
+
+    def log(event: Event) -> None:
+        with _writing(directory):
+            write(Event(event.kind, {"question": question, **event.data}))
+
+    return log
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from margeq.function_share import Variances, shares
 from margeq.laplace import Spectrum, effective_parameters
 from margeq.likelihoods import Likelihood
-from margeq.parameters import path_prefixes
+from margeq.paths import path_prefixes
 from margeq.priors import GaussianPrior
 
 __all__ = [
@@ -174,7 +174,9 @@ def effective_dimension(
     for layer in layers:
         inside = [t for t in tensors if layer in dict(_places(model, t.name))]
         rows.extend(_path_rows(layer, inside, prior, by_share.get(layer, {})))
-    selected = {layer: max(s, key=lambda p: s[p]) for layer, s in by_share.items()}
+    selected = {
+        layer: max(s, key=s.__getitem__) for layer, s in by_share.items() if sum(s.values())
+    }
     return EffectiveDimension(tuple(rows), tuple(tensors), selected)
 
 
@@ -220,7 +222,9 @@ def _path_rows(
             layer=layer,
             path=path,
             parameters=sum(t.parameters for t in members[path]),
-            prior_precision=_geometric_mean([t.prior_precision for t in weights[path]]),
+            prior_precision=_geometric_mean(
+                [t.prior_precision for t in weights[path] if not t.frozen]
+            ),
             effective=sum(t.effective for t in members[path]),
             normalised=normalised[path],
             relative=normalised[path] / total if total > 0 else 0.0,
@@ -240,8 +244,8 @@ def _is_below(tensor: str, layer: str, path: str) -> bool:
 def _verdict(path: str, tensors: list[TensorRow], by_share: Mapping[str, float]) -> str:
     if tensors and all(t.frozen for t in tensors):
         return "frozen"
-    if not by_share:
-        return ""
+    if not by_share or not sum(by_share.values()):
+        return ""  # no candidates, or an output that does not vary over the data
     share = by_share[path]
     if share < OFF_SHARE:
         return "off"
@@ -269,7 +273,9 @@ def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _geometric_mean(values: list[float]) -> float:
-    return float(torch.tensor(values, dtype=torch.float64).log().mean().exp()) if values else 0.0
+    if not values:
+        return float("nan")
+    return float(torch.tensor(values, dtype=torch.float64).log().mean().exp())
 
 
 def _mean(values: list[float]) -> float:

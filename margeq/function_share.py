@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from margeq.batches import Batch
 from margeq.curvature.capture import eval_mode, forward
-from margeq.parameters import path_prefixes, path_sums
+from margeq.paths import path_prefixes, path_sums
 
 __all__ = ["Variances", "function_variances", "shares"]
 

@@ -44,6 +44,7 @@ class Spectrum:
         n_data: number of data.
         flavour: evidence flavour of the pass.
         clamped: number of clearly negative eigenvalues that were set to zero.
+        checksum: order-independent checksum of the inputs.
     """
 
     log_eigenvalues: dict[str, Tensor]
@@ -52,6 +53,7 @@ class Spectrum:
     n_data: int
     flavour: EvidenceFlavour
     clamped: int
+    checksum: int
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,9 @@ def decompose(state: CurvatureState) -> Spectrum:
         values, repaired = kron.log_eigenvalues(name)
         logs[name] = values.flatten()
         clamped += repaired
-    return Spectrum(logs, state.square_norms, state.fit, state.n_data, state.flavour, clamped)
+    return Spectrum(
+        logs, state.square_norms, state.fit, state.n_data, state.flavour, clamped, state.checksum
+    )
 
 
 def evidence(spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood) -> Evidence:
@@ -109,9 +113,9 @@ def evidence(spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood) -
         Fit, log-determinant and scatter, each a differentiable scalar in nats.
 
     Raises:
-        ConfigError: if prior and spectrum are not about the same weights.
+        ConfigError: if prior, likelihood and spectrum are not about the same model.
     """
-    _require_same_weights(spectrum, prior)
+    _require_same_subject(spectrum, prior, likelihood)
     fit_term = likelihood.log_likelihood(spectrum.fit, spectrum.n_data)
     log_scale = likelihood.curvature_scale.log().to(spectrum.fit.device)
     log_determinant, scatter = fit_term.new_zeros(()), fit_term.new_zeros(())
@@ -138,7 +142,7 @@ def log_marginal_likelihood(
         A scalar tensor.
 
     Raises:
-        ConfigError: if prior and state are not about the same weights.
+        ConfigError: if prior, likelihood and state are not about the same model.
     """
     spectrum = decompose(state) if isinstance(state, CurvatureState) else state
     return evidence(spectrum, prior, likelihood).total
@@ -173,7 +177,12 @@ def hyper_gradient(
     return float(value.detach()), dict(zip(leaves, grads, strict=True))
 
 
-def _require_same_weights(spectrum: Spectrum, prior: GaussianPrior) -> None:
+def _require_same_subject(spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood) -> None:
+    if type(likelihood).__name__ != spectrum.flavour.likelihood:
+        raise ConfigError(
+            f"the curvature is that of a {spectrum.flavour.likelihood} likelihood, not of "
+            f"{type(likelihood).__name__}; accumulate again with this likelihood"
+        )
     differing = set(spectrum.log_eigenvalues) ^ set(prior.groups)
     if differing:
         raise ConfigError(

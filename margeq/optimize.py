@@ -20,7 +20,7 @@ from margeq.errors import ConfigError, ConvergenceWarning
 from margeq.function_share import function_variances
 from margeq.laplace import hyper_gradient
 from margeq.likelihoods import Likelihood, as_likelihood
-from margeq.parameters import named_hyperparameters
+from margeq.parameters import named_hyperparameters, named_weights
 from margeq.priors import GaussianPrior
 from margeq.training.guards import (
     Rewind,
@@ -83,7 +83,8 @@ def optimize_marglik(
     random state are as before.
 
     Args:
-        model: any module whose trainable tensors have curvature rules; trained in place.
+        model: any module whose trainable tensors have curvature rules; trained in place. With
+            candidate paths in it, every start but ``"current"`` draws all its weights anew.
         train_loader: re-iterable batches ``(inputs, targets)``.
         likelihood: ``"classification"``, ``"regression"``, or a likelihood object (copied).
         prior: structure of the precisions, or a :class:`margeq.GaussianPrior` (copied).
@@ -141,8 +142,15 @@ def optimize_marglik(
         >>> result.success
         True
     """
-    _check_arguments(n_epochs, n_epochs_burnin, marglik_frequency, n_hypersteps, lr_hyp)
+    _check_model(model)
+    _check_numbers(
+        n_epochs=n_epochs, n_epochs_burnin=n_epochs_burnin, marglik_frequency=marglik_frequency,
+        n_hypersteps=n_hypersteps, lr_hyp=lr_hyp, seed=seed,
+    )  # fmt: skip
+    _check_callbacks(callbacks)
     _refuse_unavailable(model, hyperparameters, curvature, backend, checkpoint_dir)
+    if isinstance(likelihood, Likelihood) and (sigma_noise_init, temperature) != (1.0, 1.0):
+        raise ConfigError("likelihood is an object: give it noise and temperature itself")
     likelihood_object = deepcopy(
         as_likelihood(likelihood, sigma_noise=sigma_noise_init, temperature=temperature)
     )
@@ -156,11 +164,13 @@ def optimize_marglik(
         optimizer_cls, optimizer_kwargs, scheduler_cls, scheduler_kwargs,
     )  # fmt: skip
     starts = resolve_starts(model, restarts)
-    run_seed = int(torch.randint(2**31, ())) if seed is None else seed
     bar = progress_callback(progress)
     emit = _Fan([*callbacks, *([bar] if bar else [])])
+    rewind = Rewind(model, (train_loader, marglik_loader))
     with ExitStack() as stack:
-        stack.enter_context(transaction(model))
+        stack.enter_context(transaction(rewind))
+        run_seed = int(torch.randint(2**31, ())) if seed is None else seed
+        stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.random.fork_rng(devices=random_devices(model)))
         stack.enter_context(deterministic_algorithms(deterministic))
         if bar is not None:
@@ -169,7 +179,6 @@ def optimize_marglik(
             model, train_loader, marglik_loader, batch_fn, likelihood_object, prior,
             prior_prec_init, parameters, options, schedule, run_seed,
         )  # fmt: skip
-        rewind = Rewind(model, (train_loader, marglik_loader))
         outcomes = []
         for start in starts:
             rewind()
@@ -181,21 +190,34 @@ def optimize_marglik(
         return _finish(problem, outcomes, emit)
 
 
-def _check_arguments(
-    n_epochs: int, burnin: int, frequency: int, n_hypersteps: int, lr_hyp: float
-) -> None:
-    if n_epochs < 1 or frequency < 1 or n_hypersteps < 1 or burnin < 0:
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+    if torch.is_inference_mode_enabled():
+        raise ConfigError("training needs gradients; leave torch.inference_mode() first")
+    named_weights(model)  # refuses lazy modules and shared storage before anything is copied
+
+
+def _check_callbacks(callbacks: Sequence[Callback]) -> None:
+    for callback in callbacks:
+        if not callable(callback):
+            raise ConfigError(f"callbacks holds {callback!r}, which cannot be called")
+
+
+def _check_numbers(*, lr_hyp: float, seed: int | None, **counts: int) -> None:
+    for name, value in counts.items():
+        least = 0 if name == "n_epochs_burnin" else 1
+        if not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name}={value!r} must be an integer of at least {least}")
+    if counts["n_epochs_burnin"] > counts["n_epochs"]:
         raise ConfigError(
-            f"n_epochs={n_epochs}, marglik_frequency={frequency} and n_hypersteps={n_hypersteps} "
-            f"must be at least 1, n_epochs_burnin={burnin} at least 0"
+            f"n_epochs_burnin={counts['n_epochs_burnin']} > n_epochs={counts['n_epochs']}: no "
+            f"hyperparameter would ever be learned; train longer or shorten the burn-in"
         )
-    if burnin > n_epochs:
-        raise ConfigError(
-            f"n_epochs_burnin={burnin} > n_epochs={n_epochs}: no hyperparameter would ever be "
-            f"learned; train longer or shorten the burn-in"
-        )
-    if not (lr_hyp > 0 and math.isfinite(lr_hyp)):
-        raise ConfigError(f"lr_hyp={lr_hyp} must be positive and finite")
+    if not (isinstance(lr_hyp, (int, float)) and lr_hyp > 0 and math.isfinite(lr_hyp)):
+        raise ConfigError(f"lr_hyp={lr_hyp!r} must be a positive, finite number")
+    if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**63):
+        raise ConfigError(f"seed={seed!r} must be None or an integer from 0 to 2**63 - 1")
 
 
 def _refuse_unavailable(
@@ -205,7 +227,7 @@ def _refuse_unavailable(
     backend: str,
     checkpoint_dir: str | None,
 ) -> None:
-    if len(hyperparameters) or named_hyperparameters(model):
+    if hyperparameters or named_hyperparameters(model):
         raise ConfigError("hyperparameters inside the network are not available in this version")
     if not (curvature == "kfac" or isinstance(curvature, KfacOptions)):
         raise ConfigError(f"curvature={curvature!r}: this version has 'kfac'")
@@ -236,13 +258,7 @@ def _finish(problem: Problem, outcomes: list[Outcome], emit: Callback) -> MargLi
         parameter.grad = None
     batches = read_batches(problem.marglik_loader, problem.device, problem.batch_fn)
     diagnostics = _diagnostics(problem, outcomes, kept)
-    settled = abs(diagnostics.slope) < _SETTLED_SLOPE
-    message = (
-        "the evidence has settled"
-        if settled
-        else f"the evidence still moves by {diagnostics.slope:.2g} nats per datum and epoch; "
-        "train longer"
-    )
+    settled, message = _settled(diagnostics.slope)
     if not settled:
         warnings.warn(message, ConvergenceWarning, stacklevel=3)
     result = MargLikResult(
@@ -273,6 +289,18 @@ def _finish(problem: Problem, outcomes: list[Outcome], emit: Callback) -> MargLi
     return result
 
 
+def _settled(slope: float) -> tuple[bool, str]:
+    """Whether the evidence has settled, in one word and in a sentence."""
+    if math.isnan(slope):
+        return False, "a single update cannot tell whether the evidence has settled; train longer"
+    if abs(slope) < _SETTLED_SLOPE:
+        return True, "the evidence has settled"
+    moves = f"by {abs(slope):.2g} nats per datum and epoch"
+    if slope > 0:
+        return False, f"the evidence still rises {moves}; train longer"
+    return False, f"the evidence falls {moves}; lower the learning rate"
+
+
 def _diagnostics(problem: Problem, outcomes: list[Outcome], kept: Outcome) -> Diagnostics:
     assert kept.spectrum is not None
     finished = [o.log_marginal_likelihood for o in outcomes if o.error is None]
@@ -281,7 +309,7 @@ def _diagnostics(problem: Problem, outcomes: list[Outcome], kept: Outcome) -> Di
     free = [float(g) for name, g in grads.items() if name not in at_bounds]
     captured = next(u.captured_trace for u in kept.history.updates if u.epoch == kept.epoch)
     return Diagnostics(
-        slope=kept.history.slope(problem.n_data),
+        slope=kept.history.slope(kept.spectrum.n_data),
         gradient_norm=math.hypot(*free),
         at_bounds=tuple(at_bounds),
         clamped_eigenvalues=kept.spectrum.clamped,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol, cast
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -14,8 +13,6 @@ __all__ = [
     "named_hyperparameters",
     "named_weights",
     "owners",
-    "path_prefixes",
-    "path_sums",
 ]
 
 
@@ -58,6 +55,11 @@ def named_weights(
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and id(parameter) not in hyperparameters
     }
+    for name, parameter in trainable.items():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ConfigError(
+                f"parameter {name!r} belongs to a lazy module without sizes; call the model once"
+            )
     _refuse_shared_storage(trainable)
     if isinstance(parameters, str):
         if parameters != "all":
@@ -80,49 +82,6 @@ def owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     }
 
 
-class PathSum(Protocol):
-    """What a module that sums candidate paths offers."""
-
-    scale: float
-    active: tuple[str, ...]
-
-    def named_paths(self) -> Iterable[tuple[str, nn.Module]]:
-        """Every declared path, on or off."""
-        ...
-
-    def less_constrained(self) -> tuple[str, ...]:
-        """Paths that span more maps than the most constrained one."""
-        ...
-
-    def switch_off(self, name: str) -> None:
-        """Stop computing a path."""
-        ...
-
-    def switch_on(self, name: str) -> None:
-        """Compute a path again."""
-        ...
-
-
-def path_sums(model: nn.Module) -> dict[str, PathSum]:
-    """Layer name -> module, for every module that sums candidate paths."""
-    return {
-        prefix: cast(PathSum, module)
-        for prefix, module in model.named_modules()
-        if hasattr(module, "named_paths")
-    }
-
-
-def path_prefixes(model: nn.Module) -> dict[str, dict[str, str]]:
-    """Layer name -> path name -> module prefix, for every module that sums candidate paths."""
-    return {
-        layer: {
-            name: f"{layer}.paths.{name}" if layer else f"paths.{name}"
-            for name, _ in pathways.named_paths()
-        }
-        for layer, pathways in path_sums(model).items()
-    }
-
-
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     seen: set[int] = set()
     for prefix, module in model.named_modules():
@@ -135,8 +94,8 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 def _refuse_shared_storage(weights: dict[str, nn.Parameter]) -> None:
     by_address: dict[int, str] = {}
     for name, parameter in weights.items():
-        if not parameter.numel():
-            continue
+        if not parameter.numel() or not parameter.data_ptr():
+            continue  # nothing to share: empty, or on the meta device
         other = by_address.setdefault(parameter.data_ptr(), name)
         if other != name:
             raise UnsupportedLayerError(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from margeq.errors import ConfigError
-from margeq.parameters import matches, named_weights, path_prefixes
+from margeq.parameters import matches, named_weights
+from margeq.paths import path_prefixes
 
 __all__ = ["LOG_PRECISION_RANGE", "GaussianPrior"]
 

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from margeq import __version__
-from margeq.callbacks import Callback, Event, RichProgress
+from margeq.callbacks import Callback, Event, RichProgress, to_json
 from margeq.config import DemoConfig
 from margeq.demo import Answer, Listener, run_demo
 from margeq.effective_dim import EffectiveDimension
@@ -33,9 +33,9 @@ def show_demo(config: DemoConfig) -> None:
     """
     _check(config)
     directory = Path(config.out or f"runs/demo-{config.seed}")
-    console = Console(stderr=config.json, quiet=config.quiet or config.json, highlight=False)
+    console = _Console(stderr=config.json, quiet=config.quiet or config.json, highlight=False)
     if not console.is_terminal:
-        console = Console(file=console.file, quiet=console.quiet, width=_WIDTH, highlight=False)
+        console = _Console(file=console.file, quiet=console.quiet, width=_WIDTH, highlight=False)
     console.print(
         f"margeq {__version__} · torch {torch.__version__}, {torch.get_num_threads()} threads · "
         f"seed {config.seed} · run {directory}"
@@ -51,8 +51,7 @@ def show_demo(config: DemoConfig) -> None:
         warnings.simplefilter("ignore")
         summary = run_demo(config, directory, face)
     if config.json:
-        text = (directory / "result.json").read_text(encoding="utf-8")
-        sys.stdout.write(text)
+        sys.stdout.write(to_json(summary, indent=1) + "\n")
     else:
         total = sum(entry["seconds"] for entry in summary["questions"].values())
         console.print(f"written {directory}/result.json, events.jsonl, *.png   ({total:.0f} s)")
@@ -69,6 +68,14 @@ def _check(config: DemoConfig) -> None:
         raise ConfigError(
             f"--restarts {config.restarts}: use 'auto' or a list of {', '.join(sorted(known))}"
         )
+
+
+class _Console(Console):
+    """Leaves a broken pipe to the caller instead of ending the process."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise what is being handled."""
+        raise
 
 
 class _Face(Listener):

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "margeq"
 
 LAYOUT = [
     ["errors", "groups", "bases", "linalg"],
-    ["parameters", "curvature", "batches"],
+    ["parameters", "paths", "curvature", "batches"],
     ["layers"],
     ["likelihoods", "priors"],
     ["accumulation", "laplace", "effective_dim", "function_share"],

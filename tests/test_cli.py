@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
+import subprocess
+import sys
 
 import pytest
+import torch
 
+from margeq import __version__, terminal
+from margeq.callbacks import Event, JsonlCallback, to_json
 from margeq.cli import main
+from margeq.errors import DistributedMismatchError
 
 QUICK = ["demo", "--epochs", "6", "--questions", "corner", "--restarts", "symmetric"]
 FIGURES = {"corner-evidence.png", "corner-precisions.png", "corner-effective.png"}
@@ -34,11 +42,72 @@ def test_bad_arguments_end_with_one_clear_line_and_code_2(capsys, arguments, nam
     assert named in err
 
 
+def test_what_the_parser_says_is_short_and_said_once(capsys):
+    assert main(["demo", "--epochs", "x"]) == 2
+    assert main(["demo", "--colour"]) == 2
+    assert capsys.readouterr().err == (
+        "margeq: Error parsing --epochs: invalid literal for int() with base 10: 'x'\n"
+        "margeq: Unrecognized options: --colour\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "result.json", "corner-evidence.png"])
+def test_a_directory_in_the_place_of_a_file_is_a_configuration_error(capsys, tmp_path, name):
+    (tmp_path / name).mkdir()
+    assert main([*QUICK, "--quiet", "--out", str(tmp_path)]) == 2
+    _, err = capsys.readouterr()
+    assert err.startswith(f"margeq: cannot write to {tmp_path / name}: ")
+    assert err.count("\n") == 1
+
+
 def test_unwritable_directory_is_a_configuration_error(capsys, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert main([*QUICK, "--out", str(blocked / "run")]) == 2
     assert str(blocked) in capsys.readouterr().err
+
+
+def python(*arguments, **kwargs):
+    return subprocess.run(
+        [sys.executable, *arguments], stderr=subprocess.PIPE, text=True, check=False, **kwargs
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], [*QUICK, "--out"]])
+def test_a_reader_that_went_away_ends_the_command_quietly(tmp_path, arguments):
+    read, write = os.pipe()
+    os.close(read)
+    given = [*arguments, str(tmp_path)] if arguments[-1] == "--out" else arguments
+    try:
+        done = python("-m", "margeq.cli", *given, stdout=write)
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("flag", ["--version", "--help"])
+def test_version_and_help_do_not_wait_for_torch(flag):
+    code = f"import sys, margeq.cli as c; c.main(['{flag}']); sys.exit('torch' in sys.modules)"
+    done = python("-c", code, stdout=subprocess.PIPE)
+    assert done.returncode == 0
+    assert flag != "--version" or done.stdout == f"margeq {__version__}\n"
+
+
+def test_an_error_without_a_code_of_its_own_is_code_1(capsys, monkeypatch):
+    def fail(config):
+        raise DistributedMismatchError("ranks differ")
+
+    monkeypatch.setattr(terminal, "show_demo", fail)
+    assert main(["demo"]) == 1
+    assert capsys.readouterr().err == "margeq: ranks differ\n"
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path):
+    values = [math.nan, -math.inf, 1.5, torch.tensor(math.inf), torch.tensor(2.0), True, None]
+    assert json.loads(to_json({"v": values})) == {"v": [None, None, 1.5, None, 2.0, True, None]}
+    JsonlCallback(tmp_path / "log")(Event("end", {"log_marginal_likelihood": -math.inf}))
+    line = json.loads((tmp_path / "log").read_text())
+    assert line == {"event": "end", "log_marginal_likelihood": None}
 
 
 def test_help_needs_no_command(capsys):

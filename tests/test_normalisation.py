@@ -38,6 +38,20 @@ def test_weights_before_train_mode_norms_are_found():
     assert units_of(model, x) == [("0.weight",), ("4.weight",)]
 
 
+@pytest.mark.parametrize(
+    "norm", [nn.GroupNorm(1, 4, affine=False), nn.LayerNorm([4, 6, 6], elementwise_affine=False)]
+)
+def test_weight_and_bias_before_a_norm_over_channels_are_held_together(norm):
+    model = nn.Sequential(conv(), norm, nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    assert units_of(model, torch.randn(16, 1, 6, 6)) == [("0.weight", "0.bias")]
+
+
+def test_weights_before_frozen_statistics_are_free():
+    model = nn.Sequential(conv(), nn.BatchNorm2d(4, affine=False), nn.ReLU(), nn.Flatten())
+    model[1].eval()
+    assert units_of(model, torch.randn(16, 1, 6, 6)) == []
+
+
 def test_plain_networks_and_unused_weights_are_not_flagged():
     model = nn.Sequential(conv(), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
     assert units_of(model, torch.randn(8, 1, 6, 6)) == []

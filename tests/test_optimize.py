@@ -465,6 +465,87 @@ def test_bad_arguments_are_refused(arguments, message):
         fit(model, loader(x, y), **arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n_epochs": 12.5}, "n_epochs=12.5"),
+        ({"lr_hyp": "x"}, "lr_hyp='x'"),
+        ({"seed": -1}, "seed=-1"),
+        ({"restarts": 3}, "restarts=3"),
+        ({"callbacks": [None]}, "callbacks"),
+        ({"optimizer_cls": "adam"}, "optimizer_cls='adam'"),
+        ({"optimizer_kwargs": {"lr": -1}}, "lr"),
+        ({"scheduler_cls": torch.optim.lr_scheduler.CosineAnnealingLR}, "T_max"),
+        ({"scheduler_cls": torch.optim.lr_scheduler.ReduceLROnPlateau}, "metric"),
+        ({"kfac_approx": {"nowhere": "reduce"}}, "nowhere"),
+        ({"likelihood": margeq.Categorical(), "temperature": 7.0}, "likelihood is an object"),
+        ({"prior": margeq.GaussianPrior(nn.Linear(2, 2))}, "other weights"),
+        ({"prior": margeq.GaussianPrior(mlp()), "prior_prec_init": 3.0}, "prior_prec_init"),
+    ],
+)
+def test_arguments_that_contradict_each_other_or_themselves_are_refused(arguments, message):
+    x, y = data()
+    model = mlp()
+    with unchanged(model), pytest.raises(ConfigError, match=message):
+        fit(model, loader(x, y), **arguments)
+
+
+def test_wrong_model_and_loader_types_are_refused():
+    x, y = data()
+    with pytest.raises(ConfigError, match="NoneType"):
+        fit(None, loader(x, y))
+    with pytest.raises(DataError, match="not iterable"):
+        fit(mlp(), 5)
+    with pytest.raises(ConfigError, match="lazy module"):
+        fit(nn.Sequential(nn.LazyLinear(3)), loader(x, y))
+
+
+def test_training_works_without_gradients_around_it_but_not_in_inference_mode():
+    x, y = data()
+    with torch.no_grad():
+        losses = fit(mlp(), loader(x, y)).history.losses
+    assert losses[-1] < losses[0]
+    with torch.inference_mode(), pytest.raises(ConfigError, match="inference_mode"):
+        fit(mlp(), loader(x, y))
+
+
+def test_a_single_update_does_not_claim_to_have_settled():
+    x, y = data()
+    result = fit(mlp(), loader(x, y), n_epochs=1, n_epochs_burnin=0)
+    assert not result.success
+    assert "single update" in result.message
+
+
+def test_loader_generators_and_loose_buffers_come_back_on_failure():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+            self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+        def forward(self, x):
+            self.calls += 1
+            return self.net(x)
+
+    def fail(event):
+        if event.kind == "update":
+            raise RuntimeError("stop")
+
+    x, y = data()
+    generator, model = torch.Generator().manual_seed(5), Counting()
+    state = generator.get_state()
+    with unchanged(model), pytest.raises(RuntimeError, match="stop"):
+        fit(model, loader(x, y, shuffle=True, generator=generator), callbacks=[fail], seed=None)
+    assert torch.equal(generator.get_state(), state)
+    assert float(model.calls) == 0.0
+
+
+def test_evidence_of_less_data_than_training_is_announced():
+    x, y = data()
+    with pytest.warns(DataWarning, match="that of 20 data, training uses 60"):
+        fit(mlp(), loader(x, y), marglik_loader=[(x[:20], y[:20])])
+
+
 def test_arguments_are_not_changed():
     x, y = data()
     options, plan = {"lr": 0.02}, {"T_max": 18}
@@ -631,8 +712,31 @@ def test_evidence_of_other_flavours_or_data_is_refused():
         exact.log_bayes_factor(sampled)
     with pytest.raises(ConfigError, match="60 data against evidence of 30 data"):
         exact.log_bayes_factor(fit(mlp(), loader(x[:30], y[:30]), hessian_root="exact"))
+    with pytest.raises(ConfigError, match="different inputs"):
+        exact.log_bayes_factor(fit(mlp(), loader(x + 5, y), hessian_root="exact"))
+    with pytest.raises(FlavourMismatchError, match="temperature"):
+        exact.log_bayes_factor(fit(mlp(), loader(x, y), hessian_root="exact", temperature=7.0))
     again = fit(mlp(), loader(x, y), hessian_root="exact")
     assert exact.log_bayes_factor(again) == -again.log_bayes_factor(exact)
+
+
+def test_state_and_likelihood_of_different_kinds_are_refused():
+    x, y = data()
+    state = margeq.laplace.accumulate(mlp(), [(x, y)])
+    prior = margeq.GaussianPrior(mlp())
+    with pytest.raises(ConfigError, match="Categorical"):
+        margeq.log_marginal_likelihood(state, prior, margeq.Gaussian())
+
+
+def test_one_datum_gives_no_verdict_and_switches_nothing_off():
+    x = torch.randn(1, 1, 4, 4)
+    paths = {"conv": nn.Conv2d(1, 3, 3, padding=1), "fc": FactoredLinear2d(1, 3, (4, 4), (4, 4))}
+    head = (nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    model = nn.Sequential(ResidualPathways(paths, "sum"), *head)
+    result = fit(model, [(x, torch.tensor([1]))], restarts="free", n_epochs=10)
+    assert model[0].active == ("conv", "fc")
+    assert result.selected == {}
+    assert {row.verdict for row in result.effective_dimension().paths} == {""}
 
 
 def test_temperature_and_multi_output_reach_loss_and_evidence_alike():

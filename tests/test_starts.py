@@ -106,6 +106,39 @@ def test_only_starts_switch_the_others_off_and_leave_no_prior_cost():
     assert float(model[0].paths["conv"].weight.detach().abs().sum()) == 0.0
 
 
+def test_starts_do_not_depend_on_which_paths_are_off():
+    x = torch.randn(2, 16, 8, 8)
+    model = wide_network("sum")
+    for only in ("fc", "conv", "dense"):  # each from the state that the one before left behind
+        started(model, x, Start(f"only:{only}", only=only))
+        assert model[0].active == (only,)
+
+
+@pytest.mark.filterwarnings("ignore::margeq.errors.ConvergenceWarning")
+def test_a_trained_model_can_be_trained_again_as_if_it_were_new():
+    x = torch.randn(40, 1, 4, 4)
+    y = (x.mean((1, 2, 3)) > 0).long()
+
+    def network():
+        paths = {
+            "conv": nn.Conv2d(1, 3, 3, padding=1),
+            "fc": FactoredLinear2d(1, 3, (4, 4), (4, 4)),
+        }
+        head = (nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+        return nn.Sequential(ResidualPathways(paths, "sum"), *head)
+
+    def evidence(model, restarts):
+        result = margeq.optimize_marglik(
+            model, [(x, y)], n_epochs=4, n_epochs_burnin=2, marglik_frequency=2, seed=0,
+            restarts=restarts,
+        )  # fmt: skip
+        return result.log_marginal_likelihood
+
+    used = network()
+    evidence(used, "only:conv")
+    assert evidence(used, "symmetric") == evidence(network(), "symmetric")
+
+
 def test_a_path_draws_the_same_weights_in_every_model_that_has_it():
     x = torch.randn(2, 1, 16, 16)
     both, alone = digit_network(3), digit_network(3, paths=("conv",))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from margeq.errors import ConfigError, FlavourMismatchError
@@ -28,7 +28,7 @@ class EvidenceFlavour:
     bias_approx: str
     position_fraction: float
     weights: str
-    is_bound: bool = False
+    temperature: float
 
     def require_same(self, other: EvidenceFlavour) -> None:
         """Refuse a comparison between different flavours.
@@ -91,6 +91,17 @@ class KfacOptions:
             if value not in _APPROXIMATIONS:
                 raise ConfigError(f"kfac_approx={value!r}: use one of {_APPROXIMATIONS}")
 
+    def require_known(self, tensors: Iterable[str]) -> None:
+        """Check that each name in ``kfac_approx`` is one of ``tensors``, or a prefix of one.
+
+        Raises:
+            ConfigError: naming the entry.
+        """
+        names = list(tensors)
+        for key in self.kfac_approx if isinstance(self.kfac_approx, Mapping) else ():
+            if key and not any(matches(name, [key]) for name in names):
+                raise ConfigError(f"kfac_approx: no weight is called, or lies below, {key!r}")
+
     def approx_of(self, tensor: str) -> str:
         """``"expand"`` or ``"reduce"`` for one weight tensor."""
         if not isinstance(self.kfac_approx, Mapping):
@@ -98,7 +109,7 @@ class KfacOptions:
         hits = [key for key in self.kfac_approx if key and matches(tensor, [key])]
         return self.kfac_approx[max(hits, key=len)] if hits else self.kfac_approx.get("", "expand")
 
-    def flavour(self, likelihood: str, weights: str) -> EvidenceFlavour:
+    def flavour(self, likelihood: str, weights: str, temperature: float) -> EvidenceFlavour:
         """The flavour of evidence that these options give."""
         detail = {
             "exact": "exact",
@@ -114,4 +125,5 @@ class KfacOptions:
             bias_approx=self.bias_approx,
             position_fraction=self.position_fraction,
             weights=weights,
+            temperature=temperature,
         )

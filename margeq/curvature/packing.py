@@ -19,6 +19,7 @@ from margeq.curvature.roots import Root, TraceHistogram
 __all__ = ["ColumnPlan", "kept_columns", "like_groups", "regrouped"]
 
 _POOL_BATCHES = 8
+_REMEMBERED_NORMS = 2**23
 
 
 def kept_columns(root: Root, threshold: float) -> tuple[Tensor, Tensor]:
@@ -39,16 +40,24 @@ class ColumnPlan:
         self._histogram = TraceHistogram()
         self._keys: list[Tensor] = []
         self._norms: list[Tensor] = []
+        self._remembered = 0
+        self._sorted_keys: Tensor | None = None
 
     def add(self, keys: Tensor, square_norms: Tensor) -> None:
         """Add the columns ``[n, v]`` of one batch."""
         self._histogram.add(square_norms)
-        self._keys.append(keys)
-        self._norms.append(square_norms)
+        # with very many columns the second pass finds the counts again by a forward pass
+        self._remembered += square_norms.numel()
+        if self._remembered <= _REMEMBERED_NORMS:
+            self._keys.append(keys)
+            self._norms.append(square_norms)
 
     def close(self) -> None:
         """Set the threshold, once all data are added."""
         self.threshold, self.captured = self._histogram.threshold(self._share)
+        if not self._keys:
+            self._sorted_keys = None
+            return
         counts = torch.cat([(norms > self.threshold).sum(1) for norms in self._norms])
         self._sorted_keys, order = torch.cat(self._keys).sort()
         self._sorted_counts = counts[order]
@@ -56,6 +65,8 @@ class ColumnPlan:
 
     def counts(self, keys: Tensor) -> Tensor:
         """Number of columns that each datum keeps, ``[n]``; -1 for content that was not added."""
+        if self._sorted_keys is None:
+            return torch.full_like(keys, -1)
         places = torch.searchsorted(self._sorted_keys, keys).clamp_max(len(self._sorted_keys) - 1)
         known = self._sorted_keys[places] == keys
         return torch.where(known, self._sorted_counts[places], -1)

@@ -33,7 +33,8 @@ def tensors_of(inputs: Any) -> list[Tensor]:
         return [inputs]
     values = inputs.values() if isinstance(inputs, Mapping) else inputs
     if isinstance(inputs, (Mapping, Sequence)) and not isinstance(inputs, str):
-        return [value for value in values if isinstance(value, Tensor)]
+        nested = (Tensor, Mapping, list, tuple)
+        return [t for value in values if isinstance(value, nested) for t in tensors_of(value)]
     raise DataError(
         f"a batch holds {type(inputs).__name__} as input; pass batch_fn=... to turn a batch into "
         f"(inputs, targets) with tensors, or a sequence or mapping of tensors, as inputs"

@@ -51,7 +51,13 @@ class ResidualPathways(nn.Module):
             raise ConfigError("ResidualPathways needs at least one path")
         if reduction not in ("mean", "sum"):
             raise ConfigError(f"reduction={reduction!r}: use 'mean' or 'sum'")
-        self.paths = nn.ModuleDict(dict(paths))
+        try:
+            self.paths = nn.ModuleDict(dict(paths))
+        except (KeyError, TypeError) as error:
+            raise ConfigError(
+                f"paths {list(paths)}: names must be plain words without dots that nn.ModuleDict "
+                f"takes, values must be modules ({error})"
+            ) from error
         self.reduction = reduction
         self._off: frozenset[str] = frozenset()
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from margeq.effective_dim import PathRow
-from margeq.parameters import path_prefixes
+from margeq.paths import path_prefixes
 from margeq.report.palette import path_colours
 from margeq.training.result import MargLikResult
 

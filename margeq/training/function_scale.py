@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from margeq.curvature.capture import Use, eval_mode, forward, record
-from margeq.parameters import matches, path_prefixes, path_sums
+from margeq.parameters import matches
+from margeq.paths import path_prefixes, path_sums
 
 __all__ = ["FunctionScale", "function_scale"]
 
@@ -35,11 +36,13 @@ class FunctionScale:
         precision: function-scale prior precision per weight tensor.
         is_bias: whether the tensor is a bias.
         path_outputs: layer -> path -> tensors of the map that writes the path's output.
+        modules: tensors of the map that writes each module's output, weight and bias together.
     """
 
     precision: dict[str, float]
     is_bias: dict[str, bool]
     path_outputs: dict[str, dict[str, tuple[str, ...]]]
+    modules: tuple[tuple[str, ...], ...]
 
 
 def function_scale(
@@ -66,7 +69,13 @@ def function_scale(
             gain = 2.0 if position in rectified and not first else 1.0
             fan_in = 1.0 if is_bias[name] else rows[local].rows.shape[-1] / gain
             precision[name] = fan_in * path_scales.get(name, 1.0) ** 2
-    return FunctionScale(precision, is_bias, path_outputs)
+    modules = dict.fromkeys(_output_tensors(use) for use in uses)
+    return FunctionScale(precision, is_bias, path_outputs, tuple(modules))
+
+
+def _output_tensors(use: Use) -> tuple[str, ...]:
+    first = getattr(use.layer, "first_factors", ())
+    return tuple(name for local, name in use.names.items() if local not in first)
 
 
 def _path_outputs(
@@ -80,10 +89,7 @@ def _path_outputs(
         outputs[layer] = {}
         for path, prefix in prefixes.items():
             inside = [u for u in uses if u.prefix == prefix or matches(u.prefix, [prefix])]
-            last = inside[-1] if inside else None
-            first = getattr(last.layer, "first_factors", ()) if last else ()
-            names = last.names.items() if last else ()
-            outputs[layer][path] = tuple(name for local, name in names if local not in first)
+            outputs[layer][path] = _output_tensors(inside[-1]) if inside else ()
             for name in outputs[layer][path]:
                 scales[name] = scales.get(name, 1.0) * sums[layer].scale
     return outputs, scales

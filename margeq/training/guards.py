@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Rewind", "clone_state", "deterministic_algorithms", "random_devices", "transaction"]
+__all__ = ["Rewind", "deterministic_algorithms", "random_devices", "transaction"]
 
 
 def random_devices(model: nn.Module) -> list[int]:
@@ -30,48 +30,69 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-@contextmanager
-def transaction(model: nn.Module) -> Iterator[None]:
-    """Put model state and gradients back if the body raises; flags are put back in any case."""
-    state = clone_state(model)
-    flags = [(module, module.training) for module in model.modules()]
-    gradients = [(p, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
-    try:
-        yield
-    except BaseException:
-        model.load_state_dict(state)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        raise
-    finally:
-        for module, training in flags:
-            module.training = training
-
-
-def clone_state(model: nn.Module) -> dict[str, Any]:
-    """An independent copy of the model's state."""
-    return {
-        key: value.clone() if isinstance(value, Tensor) else deepcopy(value)
-        for key, value in model.state_dict().items()
-    }
-
-
 class Rewind:
-    """Puts model state and the loaders' generators back to where they were."""
+    """Puts a model, its gradients, and the loaders' generators back to where they were.
+
+    Args:
+        model: its state, buffers outside of the state, flags and gradients are remembered.
+        loaders: whose generators, of samplers too, are remembered.
+    """
 
     def __init__(self, model: nn.Module, loaders: Sequence[Any]) -> None:
-        self._model, self._state = model, clone_state(model)
+        self._model, self._state = model, _cloned(model.state_dict())
+        self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         self._flags = [(module, module.training) for module in model.modules()]
-        owners = [*loaders, *(getattr(loader, "sampler", None) for loader in loaders)]
-        generators = [getattr(owner, "generator", None) for owner in owners]
-        self._generators = [
-            (g, g.get_state()) for g in generators if isinstance(g, torch.Generator)
-        ]
+        self._gradients = [(p, p.grad) for p in model.parameters()]
+        self._random = torch.get_rng_state()
+        self._generators = [(g, g.get_state()) for g in _generators(loaders)]
 
     def __call__(self) -> None:
         """Go back to where it was built."""
         self._model.load_state_dict(self._state)
-        for module, training in self._flags:
-            module.training = training
+        with torch.no_grad():
+            for buffer, value in self._buffers:
+                buffer.copy_(value)
+        self.restore_flags()
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
         for generator, state in self._generators:
             generator.set_state(state)
+
+    def restore_flags(self) -> None:
+        """Give each sub-module its own train/eval flag back."""
+        for module, training in self._flags:
+            module.training = training
+
+    def restore_random_state(self) -> None:
+        """Put torch's global random state back."""
+        torch.set_rng_state(self._random)
+
+
+@contextmanager
+def transaction(rewind: Rewind) -> Iterator[None]:
+    """Go back if the body raises; flags are put back in any case."""
+    try:
+        yield
+    except BaseException:
+        rewind()
+        rewind.restore_random_state()
+        raise
+    finally:
+        rewind.restore_flags()
+
+
+def _cloned(state: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value.clone() if isinstance(value, Tensor) else deepcopy(value)
+        for key, value in state.items()
+    }
+
+
+def _generators(loaders: Sequence[Any]) -> list[torch.Generator]:
+    owners: list[Any] = []
+    for loader in loaders:
+        batch_sampler = getattr(loader, "batch_sampler", None)
+        samplers = (getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None))
+        owners += [loader, batch_sampler, *samplers]
+    found = [getattr(owner, "generator", None) for owner in owners]
+    return [g for g in dict.fromkeys(found) if isinstance(g, torch.Generator)]

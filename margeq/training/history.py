@@ -65,10 +65,14 @@ class History:
     switches: list[dict[str, Any]] = field(default_factory=list)
 
     def slope(self, n_data: int, last: int = 3) -> float:
-        """Change of the log evidence per datum and epoch over the last updates, in nats."""
+        """Change of the log evidence per datum and epoch over the last updates, in nats.
+
+        Returns:
+            NaN after a single update, which cannot tell.
+        """
         recent = self.updates[-last:]
-        if len(recent) < 2 or recent[-1].epoch == recent[0].epoch:
-            return 0.0
+        if len(recent) < 2:
+            return float("nan")
         rise = recent[-1].log_marginal_likelihood - recent[0].log_marginal_likelihood
         return rise / (recent[-1].epoch - recent[0].epoch) / n_data
 

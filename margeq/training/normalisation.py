@@ -58,9 +58,10 @@ class HeldNorms:
 def scale_invariant_units(
     model: nn.Module, weights: Mapping[str, nn.Parameter], scale: FunctionScale, inputs: Any
 ) -> list[tuple[str, ...]]:
-    """Find tensors, and whole path sums, whose common scale the training output ignores.
+    """Find tensors, modules and whole path sums whose common scale the training output ignores.
 
-    A functional test on a few rows in train mode; random state and buffers are left unchanged.
+    A functional test on a few rows in the mode that training uses; random state and buffers are
+    left unchanged.
 
     Returns:
         Groups of tensor names.
@@ -73,15 +74,19 @@ def scale_invariant_units(
             for name in weights
             if not scale.is_bias[name] and _ignores_scale(model, rows, reference, [weights[name]])
         ]
-        flagged = {name for unit in singles for name in unit}
-        sums = []
-        for outputs in scale.path_outputs.values():
-            unit = tuple(name for names in outputs.values() for name in names)
-            if unit and not flagged & set(unit):
+        sums = [
+            tuple(name for names in outputs.values() for name in names)
+            for outputs in scale.path_outputs.values()
+        ]
+        found: list[tuple[str, ...]] = list(singles)
+        # a bias that the norm does not shift away scales with its weight, a path with its sum
+        for unit in (*scale.modules, *sums):
+            taken = {name for other in found for name in other}
+            if len(unit) > 1 and not taken & set(unit):
                 tensors = [weights[name] for name in unit]
                 if _ignores_scale(model, rows, reference, tensors):
-                    sums.append(unit)
-    return [*singles, *sums]
+                    found.append(unit)
+    return found
 
 
 def _ignores_scale(
@@ -123,12 +128,13 @@ def _output(model: nn.Module, rows: Any) -> Tensor:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Train mode with flags, buffers and random state put back afterwards."""
+    """The mode of training, with flags, buffers and random state put back afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with torch.random.fork_rng():
-            model.train()
+            if not model.training:
+                model.train()  # as in training: a sub-module that the user froze stays frozen
             yield
     finally:
         for module, training in flags:

@@ -19,6 +19,7 @@ from margeq.curvature.sampling import tensors_of
 from margeq.errors import ConfigError, DataError, DataWarning
 from margeq.likelihoods import Likelihood
 from margeq.parameters import named_weights
+from margeq.paths import all_paths_on
 from margeq.priors import GaussianPrior
 from margeq.training.function_scale import FunctionScale, function_scale
 from margeq.training.normalisation import scale_invariant_units
@@ -98,16 +99,26 @@ def first_look(
     if not weights:
         raise ConfigError("the model has no trainable weight to learn a prior for")
     require_rules(model, weights)
+    options.require_known(weights)
     device = next(model.parameters()).device
     first, n_data = _read_once(model, read_batches(train_loader, device, batch_fn), likelihood)
     _warn_unseen(train_loader, n_data)
-    check_rules(model, weights, first.inputs)
-    scale = function_scale(model, weights, first.inputs)
+    with all_paths_on(model):
+        check_rules(model, weights, first.inputs)
+        scale = function_scale(model, weights, first.inputs)
+        units = scale_invariant_units(model, weights, scale, first.inputs)
     by_function = isinstance(prior_prec_init, str)
     if by_function and prior_prec_init != "function-scale":
         raise ConfigError(f"prior_prec_init={prior_prec_init!r}: use 'function-scale' or numbers")
     if isinstance(prior, GaussianPrior):
-        built, by_function = prior.copy(), False
+        if not by_function:
+            raise ConfigError("prior already has precisions; leave prior_prec_init out")
+        if prior.groups.keys() != weights.keys():
+            raise ConfigError(
+                f"prior is about other weights than the model: "
+                f"{sorted(prior.groups.keys() ^ weights.keys())}"
+            )
+        built, by_function = prior, False
     else:
         initial = 1.0 if isinstance(prior_prec_init, str) else prior_prec_init
         built = GaussianPrior(model, prior, initial, parameters)
@@ -115,7 +126,7 @@ def first_look(
         model, weights, parameters, train_loader,
         train_loader if marglik_loader is None else marglik_loader,
         batch_fn, likelihood, built, by_function, scale,
-        scale_invariant_units(model, weights, scale, first.inputs),
+        units,
         options, schedule, n_data, seed, InputCovCache(),
     )  # fmt: skip
 

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from margeq.errors import ConfigError, NumericalWarning
 
-__all__ = ["ProximalSteps", "build_optimizer"]
+__all__ = ["ProximalSteps", "build_optimizer", "build_scheduler"]
 
 Group = Mapping[str, Any]
 Memory = dict[nn.Parameter, float]
@@ -42,6 +43,8 @@ def build_optimizer(
         ConfigError: for a weight decay, ``maximize``, a closure-based optimizer, or arguments that
             the optimizer does not take.
     """
+    if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, Optimizer)):
+        raise ConfigError(f"optimizer_cls={optimizer_cls!r} is no optimizer class, such as Adam")
     options = dict(kwargs or {})
     if options.get("weight_decay"):
         raise ConfigError(
@@ -50,7 +53,7 @@ def build_optimizer(
         )
     try:
         optimizer = optimizer_cls(parameters, **options)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"{optimizer_cls.__name__} does not take {options}: {error}") from error
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ConfigError("LBFGS needs a closure over all data; use Adam or SGD for the MAP steps")
@@ -60,6 +63,30 @@ def build_optimizer(
         if "weight_decay" in group:  # e.g. the default of AdamW
             group["weight_decay"] = 0.0
     return optimizer
+
+
+def build_scheduler(
+    scheduler_cls: Callable[..., Any] | None, optimizer: Optimizer, kwargs: Mapping[str, Any] | None
+) -> Any:
+    """Instantiate the user's scheduler, if any.
+
+    Returns:
+        An object with ``step()``, or ``None``.
+
+    Raises:
+        ConfigError: for arguments it does not take, or one that steps on a metric.
+    """
+    if scheduler_cls is None:
+        return None
+    try:
+        scheduler = scheduler_cls(optimizer, **dict(kwargs or {}))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"scheduler_cls does not take {dict(kwargs or {})}: {error}") from error
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ConfigError(
+            "ReduceLROnPlateau needs a metric; use a schedule such as cosine annealing"
+        )
+    return scheduler
 
 
 class ProximalSteps:

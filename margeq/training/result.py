@@ -120,7 +120,7 @@ class MargLikResult:
 
         Raises:
             FlavourMismatchError: if the two values were approximated differently.
-            ConfigError: if they are about different numbers of data.
+            ConfigError: if they are about different data.
         """
         self.flavour.require_same(other.flavour)
         if self.n_data != other.n_data:
@@ -128,6 +128,8 @@ class MargLikResult:
                 f"evidence of {self.n_data} data against evidence of {other.n_data} data; "
                 f"compare models on the same data"
             )
+        if self.spectrum.checksum != other.spectrum.checksum:
+            raise ConfigError("the two values are about different inputs; compare on the same data")
         return self.log_marginal_likelihood - other.log_marginal_likelihood
 
     def to_dict(self) -> dict[str, Any]:
@@ -145,7 +147,10 @@ class MargLikResult:
             "effective_dimension": table.to_dict(),
             "prior_precision": {g: float(d) for g, d in self.prior.prior_precision.items()},
             "likelihood": {"name": type(self.likelihood).__name__, **noise},
-            "diagnostics": vars(self.diagnostics),
+            "diagnostics": {
+                key: None if value != value else value
+                for key, value in vars(self.diagnostics).items()
+            },
             "restarts": [
                 {
                     "start": r.start,

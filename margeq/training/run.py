@@ -17,16 +17,23 @@ from torch import Tensor
 from margeq.accumulation import accumulate_with
 from margeq.batches import Batch, read_batches
 from margeq.curvature.capture import forward
-from margeq.errors import CurvatureError, DataError, DeterminismWarning, NonFiniteError
+from margeq.errors import (
+    ConfigError,
+    CurvatureError,
+    DataError,
+    DataWarning,
+    DeterminismWarning,
+    NonFiniteError,
+)
 from margeq.function_share import function_variances, shares
 from margeq.laplace import Spectrum, decompose, effective_parameters, evidence
 from margeq.likelihoods import Gaussian, Likelihood
-from margeq.parameters import path_prefixes, path_sums
+from margeq.paths import path_prefixes, path_sums
 from margeq.priors import GaussianPrior
 from margeq.training.history import Callback, Event, History, Update
 from margeq.training.normalisation import HeldNorms
 from margeq.training.problem import Problem
-from margeq.training.proximal import ProximalSteps, build_optimizer
+from margeq.training.proximal import ProximalSteps, build_optimizer, build_scheduler
 from margeq.training.solvers import hyper_solver
 from margeq.training.starts import Start, apply_start, draw_path
 from margeq.training.switching import PathSwitch
@@ -104,8 +111,7 @@ class _Run:
         trainable = [p for p in model.parameters() if p.requires_grad]
         optimizer = build_optimizer(plan.optimizer_cls, trainable, plan.optimizer_kwargs)
         self._steps = ProximalSteps(optimizer, weights, problem.n_data)
-        kwargs = dict(plan.scheduler_kwargs or {})
-        self._scheduler = plan.scheduler_cls(optimizer, **kwargs) if plan.scheduler_cls else None
+        self._scheduler = build_scheduler(plan.scheduler_cls, optimizer, plan.scheduler_kwargs)
         self._solver = hyper_solver(plan.hyper_solver, plan.n_hypersteps, plan.lr_hyp)
         self._switch = PathSwitch(plan.n_updates)
         self._history = History()
@@ -133,8 +139,9 @@ class _Run:
         outputs = forward(self._p.model, batch.inputs)
         targets = self._likelihood.check_targets(outputs, batch.targets)
         loss = self._likelihood.loss(outputs, targets)
-        if loss.requires_grad:
-            loss.backward()
+        if not loss.requires_grad:
+            raise ConfigError("the model's output does not depend on any trainable weight")
+        loss.backward()
         self._steps.step(precisions)
         self._norms.project()
         if self._scheduler is not None:
@@ -204,6 +211,13 @@ class _Run:
                 "the evidence was computed on other data than at the update before; pass "
                 "marglik_loader=... without augmentation and without drop_last",
                 DeterminismWarning,
+                stacklevel=2,
+            )
+        if self._checksum is None and state.n_data != p.n_data:
+            warnings.warn(
+                f"the evidence is that of {state.n_data} data, training uses {p.n_data}; give "
+                f"marglik_loader the same data, without augmentation and without drop_last",
+                DataWarning,
                 stacklevel=2,
             )
         self._checksum = state.checksum

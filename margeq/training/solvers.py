@@ -122,7 +122,8 @@ class AdamSolver(HyperSolver):
         names = list(_read(prior, likelihood))
         _, grads = hyper_gradient(spectrum, prior, likelihood)
         with torch.no_grad():
-            vector.copy_(torch.tensor(list(_read(prior, likelihood).values())))
+            values = list(_read(prior, likelihood).values())
+            vector.copy_(torch.tensor(values, dtype=vector.dtype))
         vector.grad = -torch.tensor([float(grads[name]) for name in names], dtype=vector.dtype)
         adam.param_groups[0]["lr"] = self._lr
         adam.step()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from margeq.errors import ConfigError
-from margeq.parameters import path_prefixes, path_sums
+from margeq.paths import path_prefixes, path_sums
 from margeq.priors import GaussianPrior
 from margeq.training.function_scale import FunctionScale
 
@@ -51,6 +51,8 @@ def resolve_starts(model: nn.Module, restarts: str | Sequence[str]) -> list[Star
     """
     layers = path_prefixes(model)
     paths = list(dict.fromkeys(path for named in layers.values() for path in named))
+    if not isinstance(restarts, (str, list, tuple)):
+        raise ConfigError(f"restarts={restarts!r}: use 'auto' or a list of names")
     if restarts == "auto":
         alone = [f"only:{path}" for path in paths] if len(paths) > 1 else []
         names = ["symmetric", "free", *alone] if alone else ["symmetric" if paths else "current"]
@@ -85,11 +87,12 @@ def apply_start(
     """Put model and prior into the start's state."""
     for layer, named in path_prefixes(model).items():
         pathways = path_sums(model)[layer]
+        # on before off: a layer must not be without a path in between
+        for path in named if start.draw else ():
+            pathways.switch_on(path)
         for path in named:
             if start.only in named and path != start.only:
                 pathways.switch_off(path)
-            elif start.draw:
-                pathways.switch_on(path)
     precision = dict(scale.precision)
     if start.near_symmetric:
         for name in _relaxed_tensors(model, scale):

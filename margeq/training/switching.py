@@ -55,6 +55,8 @@ class PathSwitch:
     ) -> list[tuple[str, str]]:
         found = []
         for layer, names in active.items():
+            if not sum(by_share[layer].values()):
+                continue  # a layer whose output does not vary says nothing about its paths
             # the largest path of a layer always stays
             keep = max(names, key=lambda name, of=by_share[layer]: of[name])
             found += [(layer, name) for name in names if name != keep]

@@ -1,0 +1,70 @@
+"""Which modules of a model are sums of candidate paths, and where the paths are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Protocol, cast
+
+from torch import nn
+
+__all__ = ["PathSum", "all_paths_on", "path_prefixes", "path_sums"]
+
+
+class PathSum(Protocol):
+    """What a module that sums candidate paths offers."""
+
+    scale: float
+    active: tuple[str, ...]
+
+    def named_paths(self) -> Iterable[tuple[str, nn.Module]]:
+        """Every declared path, on or off."""
+        ...
+
+    def less_constrained(self) -> tuple[str, ...]:
+        """Paths that span more maps than the most constrained one."""
+        ...
+
+    def switch_off(self, name: str) -> None:
+        """Stop computing a path."""
+        ...
+
+    def switch_on(self, name: str) -> None:
+        """Compute a path again."""
+        ...
+
+
+def path_sums(model: nn.Module) -> dict[str, PathSum]:
+    """Layer name -> module, for every module that sums candidate paths."""
+    return {
+        prefix: cast(PathSum, module)
+        for prefix, module in model.named_modules()
+        if hasattr(module, "named_paths")
+    }
+
+
+def path_prefixes(model: nn.Module) -> dict[str, dict[str, str]]:
+    """Layer name -> path name -> module prefix, for every module that sums candidate paths."""
+    return {
+        layer: {
+            name: f"{layer}.paths.{name}" if layer else f"paths.{name}"
+            for name, _ in pathways.named_paths()
+        }
+        for layer, pathways in path_sums(model).items()
+    }
+
+
+@contextmanager
+def all_paths_on(model: nn.Module) -> Iterator[None]:
+    """Every declared path on while the context is open: what a first look has to see."""
+    before = {name: sum_.active for name, sum_ in path_sums(model).items()}
+    for sum_ in path_sums(model).values():
+        for path, _ in sum_.named_paths():
+            sum_.switch_on(path)
+    try:
+        yield
+    finally:
+        for name, sum_ in path_sums(model).items():
+            for path, _ in sum_.named_paths():
+                if path not in before[name]:
+                    sum_.switch_off(path)
