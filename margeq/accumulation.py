@@ -34,7 +34,13 @@ from margeq.likelihoods import Likelihood, as_likelihood
 from margeq.linalg import accumulation_dtype, is_finite
 from margeq.parameters import named_weights
 
-__all__ = ["CurvatureState", "InputCovCache", "accumulate", "accumulate_with"]
+__all__ = [
+    "CurvatureState",
+    "InputCovCache",
+    "accumulate",
+    "accumulate_with",
+    "weights_with_rules",
+]
 
 
 @dataclass(frozen=True)
@@ -119,11 +125,7 @@ def accumulate_with(
     cache: InputCovCache | None = None,
 ) -> CurvatureState:
     """As :func:`accumulate`, with ready-made options and an optional input-factor cache."""
-    weights = named_weights(model, parameters)
-    if not weights:
-        raise ConfigError("the model has no trainable weight to compute a curvature for")
-    require_rules(model, weights)
-    options.require_known(weights)
+    weights = weights_with_rules(model, parameters, options)
     device = next(model.parameters()).device
 
     def batches() -> Iterable[Batch]:
@@ -143,6 +145,25 @@ def accumulate_with(
     label = "all" if parameters == "all" else repr(sorted(parameters))
     name = type(likelihood).__name__
     return run.state(options.flavour(name, label, likelihood.temperature))
+
+
+def weights_with_rules(
+    model: nn.Module, parameters: str | Sequence[str], options: KfacOptions
+) -> dict[str, nn.Parameter]:
+    """The weights to integrate out, checked: there are some, and each one has a curvature rule.
+
+    Returns:
+        As :func:`margeq.named_weights`.
+
+    Raises:
+        ConfigError: for a model without weights, or names that it does not have.
+    """
+    weights = named_weights(model, parameters)
+    if not weights:
+        raise ConfigError("the model has no trainable weight to learn a prior for")
+    require_rules(model, weights)
+    options.require_known(weights)
+    return weights
 
 
 class _Pass:

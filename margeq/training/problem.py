@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from margeq.accumulation import InputCovCache
+from margeq.accumulation import InputCovCache, weights_with_rules
 from margeq.batches import Batch, read_batches
-from margeq.curvature.capture import check_rules, eval_mode, forward, require_rules
+from margeq.curvature.capture import check_rules, eval_mode, forward
 from margeq.curvature.options import KfacOptions
 from margeq.curvature.sampling import tensors_of
 from margeq.errors import ConfigError, DataError, DataWarning
 from margeq.likelihoods import Likelihood
-from margeq.parameters import named_weights
 from margeq.paths import all_paths_on
 from margeq.priors import GaussianPrior
 from margeq.training.function_scale import FunctionScale, function_scale
@@ -95,11 +94,7 @@ def first_look(
     seed: int,
 ) -> Problem:
     """Check model and data once, before the first step, and measure what all runs need."""
-    weights = named_weights(model, parameters)
-    if not weights:
-        raise ConfigError("the model has no trainable weight to learn a prior for")
-    require_rules(model, weights)
-    options.require_known(weights)
+    weights = weights_with_rules(model, parameters, options)
     device = next(model.parameters()).device
     first, n_data = _read_once(model, read_batches(train_loader, device, batch_fn), likelihood)
     _warn_unseen(train_loader, n_data)
