@@ -18,6 +18,8 @@ class DemoConfig:
     """Starts to compare by evidence, separated by commas; 'auto' runs all of them."""
     epochs: int = 30
     """Epochs of each run."""
+    threads: int = 1
+    """Threads for torch; the last digits depend on it, and more hardly help so small a network."""
     questions: tuple[Literal["digit", "corner"], ...] = ("digit", "corner")
     """Questions to ask."""
     out: str = ""

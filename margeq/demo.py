@@ -94,11 +94,12 @@ def run_demo(config: DemoConfig, directory: Path, listener: Listener) -> dict[st
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        "threads": torch.get_num_threads(),
+        "threads": config.threads,
         "questions": {},
     }
     for question in config.questions:
-        answer = _answer(question, config, directory, listener)
+        with _threads(config.threads):
+            answer = _answer(question, config, directory, listener)
         summary["questions"][question] = _plain(answer)
         listener.answered(answer)
     with _writing(directory):

@@ -37,7 +37,7 @@ def show_demo(config: DemoConfig) -> None:
     if not console.is_terminal:
         console = _Console(file=console.file, quiet=console.quiet, width=_WIDTH, highlight=False)
     console.print(
-        f"margeq {__version__} · torch {torch.__version__}, {torch.get_num_threads()} threads · "
+        f"margeq {__version__} · torch {torch.__version__}, {config.threads} thread{'s' * (config.threads > 1)} · "
         f"seed {config.seed} · run {directory}"
     )
     console.print(
@@ -58,8 +58,9 @@ def show_demo(config: DemoConfig) -> None:
 
 
 def _check(config: DemoConfig) -> None:
-    if config.epochs < 1:
-        raise ConfigError(f"--epochs {config.epochs}: at least 1")
+    for name in ("epochs", "threads"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"--{name} {getattr(config, name)}: at least 1")
     if not config.questions:
         raise ConfigError("--questions needs at least one of digit, corner")
     known = {"symmetric", "free", "only:conv", "only:fc"}

@@ -26,6 +26,7 @@ FIGURES = {"corner-evidence.png", "corner-precisions.png", "corner-effective.png
     [
         (["demo", "--epochs", "many"], "many"),
         (["demo", "--epochs", "0"], "--epochs 0"),
+        (["demo", "--threads", "0"], "--threads 0"),
         (["demo", "--restarts", "sideways"], "sideways"),
         (["demo", "--restarts", "auto,free"], "auto,free"),
         (["demo", "--questions", "when"], "when"),
