@@ -117,6 +117,17 @@ def _writing(directory: Path) -> Iterator[None]:
         raise ConfigError(f"cannot write to {place}: {reason}") from error
 
 
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """That many threads for torch while the context is open."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _answer(question: Question, config: DemoConfig, directory: Path, listener: Listener) -> Answer:
     began = time.perf_counter()
     task = place_digits(question, seed=config.seed).standardised()

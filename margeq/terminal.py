@@ -36,9 +36,10 @@ def show_demo(config: DemoConfig) -> None:
     console = _Console(stderr=config.json, quiet=config.quiet or config.json, highlight=False)
     if not console.is_terminal:
         console = _Console(file=console.file, quiet=console.quiet, width=_WIDTH, highlight=False)
+    threads = f"{config.threads} thread{'s' * (config.threads > 1)}"
     console.print(
-        f"margeq {__version__} · torch {torch.__version__}, {config.threads} thread{'s' * (config.threads > 1)} · "
-        f"seed {config.seed} · run {directory}"
+        f"margeq {__version__} · torch {torch.__version__}, {threads} · seed {config.seed} · "
+        f"run {directory}"
     )
     console.print(
         "data   1,797 handwritten digits on a 16×16 canvas; 20 % are held out for the last line "
