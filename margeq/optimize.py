@@ -135,12 +135,13 @@ def optimize_marglik(
 
     Example:
         >>> import torch
-        >>> x = torch.linspace(-1, 1, 20)[:, None]
+        >>> x = torch.linspace(-1, 1, 50)[:, None]
+        >>> y = 2 * x + 0.1 * torch.cos(40 * x)
         >>> result = optimize_marglik(
-        ...     torch.nn.Linear(1, 1), [(x, 2 * x)], likelihood="regression", n_epochs=200,
+        ...     torch.nn.Linear(1, 1), [(x, y)], likelihood="regression", n_epochs=200,
         ...     optimizer_kwargs={"lr": 0.1}, seed=0)
-        >>> result.success
-        True
+        >>> result.success, f"{float(result.likelihood.sigma_noise):.2f}"
+        (True, '0.07')
     """
     _check_model(model)
     _check_numbers(
