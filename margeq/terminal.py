@@ -16,7 +16,7 @@ from margeq.callbacks import Callback, Event, RichProgress, to_json
 from margeq.config import DemoConfig
 from margeq.demo import Answer, Listener, run_demo
 from margeq.effective_dim import EffectiveDimension
-from margeq.errors import ConfigError
+from margeq.errors import ConfigError, ConvergenceWarning
 from margeq.report.table import symmetry_table
 
 __all__ = ["show_demo"]
@@ -49,7 +49,7 @@ def show_demo(config: DemoConfig) -> None:
         face = _Face(console, stack)
         # a run that has not settled says so in the table's footer
         stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore", ConvergenceWarning)
         summary = run_demo(config, directory, face)
     if config.json:
         sys.stdout.write(to_json(summary, indent=1) + "\n")

@@ -333,3 +333,20 @@ def test_position_sampling_does_not_depend_on_the_memory_format():
     strided = x.contiguous(memory_format=torch.channels_last)
     state = accumulate(model, [(strided, y)], position_fraction=0.3)
     assert worst_difference(state, plain) <= 1e-12
+
+
+def test_columns_beyond_the_memory_of_the_plan_are_counted_again_by_a_forward_pass(monkeypatch):
+    """With very many columns the norms are not kept; the factors are the same."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20, 4, generator=generator, dtype=torch.float64)
+    y = torch.randint(0, 5, (20,), generator=generator)
+    model = torch.nn.Linear(4, 5).double()
+    with torch.no_grad():
+        model.weight.mul_(8.0)  # confident, so that columns are dropped
+    batches = [(x[:12], y[:12]), (x[12:], y[12:])]
+    remembered = accumulate(model, batches, hessian_root="adaptive")
+    monkeypatch.setattr("margeq.curvature.packing._REMEMBERED_NORMS", 30)
+    counted_again = accumulate(model, batches, hessian_root="adaptive")
+    assert remembered.captured_trace == counted_again.captured_trace < 1.0
+    for name, kron in remembered.kron.items():
+        torch.testing.assert_close(counted_again.kron[name].to_dense(), kron.to_dense())

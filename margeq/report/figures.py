@@ -135,7 +135,7 @@ def filter_figure(model: nn.Module) -> Figure | None:
         for axis in row:
             axis.set_axis_off()
         for axis, image in zip(row, picture, strict=False):
-            axis.imshow(image, cmap="RdBu_r", vmin=-limit or -1.0, vmax=limit or 1.0)
+            axis.imshow(image.numpy(), cmap="RdBu_r", vmin=-limit or -1.0, vmax=limit or 1.0)
         note = f"largest |weight| {limit:.2g}" if limit else "off"
         row[0].set_title(f"{path}  ({note})", loc="left", fontsize=9)
     return figure
