@@ -101,7 +101,8 @@ def optimize_marglik(
         prior_prec_init: ``"function-scale"``, a number, or one number per group.
         sigma_noise_init: initial noise for ``"regression"``, in units of the targets.
         temperature: ``T`` of the likelihood.
-        hyper_solver: ``"mackay"``, ``"adam"`` or ``"lbfgs"``.
+        hyper_solver: ``"mackay"``, ``"adam"``, ``"lbfgs"``, or ``"fixed"`` for plain MAP training
+            with precisions and noise as they begin.
         hyperparameters: tensors inside the network; not available in this version.
         parameters: ``"all"``, or names of the weights to integrate out; others are trained
             without prior.
