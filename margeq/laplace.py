@@ -45,6 +45,7 @@ class Spectrum:
         flavour: evidence flavour of the pass.
         clamped: number of clearly negative eigenvalues that were set to zero.
         checksum: order-independent checksum of the inputs.
+        log_hyperprior: penalty of the hyperparameters inside the network, in nats.
     """
 
     log_eigenvalues: dict[str, Tensor]
@@ -54,6 +55,7 @@ class Spectrum:
     flavour: EvidenceFlavour
     clamped: int
     checksum: int
+    log_hyperprior: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,13 @@ class Evidence:
         log_likelihood: fit of the data at the MAP.
         log_determinant: ``sum log(1 + lambda / delta)``.
         scatter: ``sum delta |theta|^2``.
+        log_hyperprior: penalty of the hyperparameters inside the network.
     """
 
     log_likelihood: Tensor
     log_determinant: Tensor
     scatter: Tensor
+    log_hyperprior: float = 0.0
 
     @property
     def occam(self) -> Tensor:
@@ -78,7 +82,7 @@ class Evidence:
     @property
     def total(self) -> Tensor:
         """The log marginal likelihood."""
-        return self.log_likelihood + self.occam
+        return self.log_likelihood + self.occam + self.log_hyperprior
 
 
 def decompose(state: CurvatureState) -> Spectrum:
@@ -97,8 +101,9 @@ def decompose(state: CurvatureState) -> Spectrum:
         logs[name] = values.flatten()
         clamped += repaired
     return Spectrum(
-        logs, state.square_norms, state.fit, state.n_data, state.flavour, clamped, state.checksum
-    )
+        logs, state.square_norms, state.fit, state.n_data, state.flavour, clamped, state.checksum,
+        state.log_hyperprior,
+    )  # fmt: skip
 
 
 def evidence(spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood) -> Evidence:
@@ -123,7 +128,7 @@ def evidence(spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood) -
         log_precision = prior.log_precision_of(name)
         log_determinant = log_determinant + log1p_ratio(logs + log_scale, log_precision).sum()
         scatter = scatter + log_precision.exp() * spectrum.square_norms[name]
-    return Evidence(fit_term, log_determinant, scatter)
+    return Evidence(fit_term, log_determinant, scatter, spectrum.log_hyperprior)
 
 
 def log_marginal_likelihood(

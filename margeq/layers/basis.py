@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,9 @@ class AnchorBasis(nn.Module):
         for name, value in (("lengthscale", lengthscale), ("spread", lengthscale_spread or 1.0)):
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name}={value!r} must be positive and finite")
+        known = (*get_args(Kernel), "identity")
+        if kernel not in known:
+            raise ConfigError(f"basis={kernel!r}: use one of {known}")
         self.kernel, self.n_filters = kernel, n_filters
         self.lengthscale_spread = lengthscale_spread
         dtype = torch.get_default_dtype()
@@ -73,7 +76,6 @@ class AnchorBasis(nn.Module):
             logs = torch.full((n_filters,), self._log_center, dtype=dtype)
             self.log_lengthscale = nn.Parameter(logs)
         self.anchors = nn.Parameter(positions) if learn_anchors else nn.Buffer(positions)
-        self.forward()  # refuses an unknown kernel
 
     @property
     def n_anchors(self) -> int:
@@ -96,9 +98,9 @@ class AnchorBasis(nn.Module):
         wide = accumulation_dtype(logs.device)
         # beyond these bounds the filters no longer change, within them every entry is finite
         low, high = self._log_center - _LOG_RANGE, self._log_center + _LOG_RANGE
-        psi = interpolation(
-            self.pixels.to(wide), self.anchors.to(wide), logs.to(wide).clamp(low, high), self.kernel
-        )
+        bounded = logs.to(wide).clamp(low, high)
+        kernel = cast(Kernel, self.kernel)
+        psi = interpolation(self.pixels.to(wide), self.anchors.to(wide), bounded, kernel)
         return psi.to(self.anchors.dtype if log_lengthscale is None else wide)
 
     def square_norm(self) -> float:
@@ -119,11 +121,12 @@ class AnchorBasis(nn.Module):
         flat = filters.detach().to(wide).reshape(len(filters), -1, filters.shape[-1])
         return (flat @ torch.linalg.pinv(psi)).reshape(*filters.shape[:-1], -1).to(filters.dtype)
 
-    def log_hyperprior(self) -> Tensor:
-        """Penalty of the lengthscales in the evidence, in nats."""
-        if self.lengthscale_spread is None or self.log_lengthscale is None:
+    def log_hyperprior(self, log_lengthscale: Tensor | None = None) -> Tensor:
+        """Penalty of the lengthscales in the evidence, in nats; of other ones if asked."""
+        logs = self.log_lengthscale if log_lengthscale is None else log_lengthscale
+        if self.lengthscale_spread is None or logs is None:
             return self.anchors.new_zeros(())
-        scaled = (self.log_lengthscale - self._log_center) / self.lengthscale_spread
+        scaled = (logs - self._log_center) / self.lengthscale_spread
         return -0.5 * scaled.square().sum()
 
     def extra_repr(self) -> str:

@@ -5,6 +5,8 @@ Shared positions are the output pixels, blocks are the ``groups``, rows are the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -94,9 +96,8 @@ def _all_rows(patches: Tensor) -> Tensor:
 
 def _differentiable_rows(layer: Conv, padded: Tensor) -> Tensor:
     """As :func:`_all_rows` for pictures, by an operation whose gradient is fast."""
-    columns = nn.functional.unfold(
-        padded, list(layer.kernel_size), list(layer.dilation), 0, list(layer.stride)
-    )
+    extents: list[Any] = [layer.kernel_size, layer.dilation, 0, layer.stride]
+    columns = nn.functional.unfold(padded, *extents)
     return columns.reshape(len(padded), layer.groups, -1, columns.shape[-1]).permute(0, 3, 1, 2)
 
 

@@ -7,7 +7,7 @@ convolution on projected patches (ELLA eqs. 39-42).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ class SparseConv2d(nn.Conv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         *,
         anchors: Anchors = 0.5,
         learn_anchors: bool = False,
