@@ -105,8 +105,10 @@ def optimize_marglik(
         hyperparameters: tensors inside the network; not available in this version.
         parameters: ``"all"``, or names of the weights to integrate out; others are trained
             without prior.
-        curvature: ``"kfac"``, or :class:`margeq.curvature.options.KfacOptions` for all details
-            (it then replaces ``hessian_root``, ``mc_samples`` and ``kfac_approx``).
+        curvature: ``"kfac"``, ``"ekfac"``, ``"diag"``, ``"full"``, or
+            :class:`margeq.curvature.options.KfacOptions` for all details (it then replaces
+            ``hessian_root``, ``mc_samples`` and ``kfac_approx``). With ``hessian_root="exact"``
+            the last three are bounds on the evidence of the full GGN (``flavour.is_bound``).
         backend: ``"margeq"``.
         hessian_root: ``"adaptive"``, ``"exact"`` or ``"mc"``.
         mc_samples: columns of the Monte-Carlo root.
@@ -149,7 +151,7 @@ def optimize_marglik(
         n_hypersteps=n_hypersteps, lr_hyp=lr_hyp, seed=seed,
     )  # fmt: skip
     _check_callbacks(callbacks)
-    _refuse_unavailable(model, hyperparameters, curvature, backend, checkpoint_dir)
+    _refuse_unavailable(model, hyperparameters, backend, checkpoint_dir)
     if isinstance(likelihood, Likelihood) and (sigma_noise_init, temperature) != (1.0, 1.0):
         raise ConfigError("likelihood is an object: give it noise and temperature itself")
     likelihood_object = deepcopy(
@@ -158,7 +160,7 @@ def optimize_marglik(
     options = (
         curvature
         if isinstance(curvature, KfacOptions)
-        else KfacOptions(hessian_root, mc_samples, kfac_approx=kfac_approx)
+        else KfacOptions(hessian_root, mc_samples, kfac_approx=kfac_approx, curvature=curvature)
     )
     schedule = Schedule(
         n_epochs, n_epochs_burnin, marglik_frequency, n_hypersteps, lr_hyp, hyper_solver,
@@ -224,14 +226,11 @@ def _check_numbers(*, lr_hyp: float, seed: int | None, **counts: int) -> None:
 def _refuse_unavailable(
     model: nn.Module,
     hyperparameters: Sequence[Tensor],
-    curvature: str | KfacOptions,
     backend: str,
     checkpoint_dir: str | None,
 ) -> None:
     if hyperparameters or named_hyperparameters(model):
         raise ConfigError("hyperparameters inside the network are not available in this version")
-    if not (curvature == "kfac" or isinstance(curvature, KfacOptions)):
-        raise ConfigError(f"curvature={curvature!r}: this version has 'kfac'")
     if backend != "margeq":
         raise ConfigError(f"backend={backend!r}: this version has 'margeq'")
     if checkpoint_dir is not None:
