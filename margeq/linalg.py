@@ -144,23 +144,21 @@ def log_det_one_plus(rows: Tensor) -> Tensor:
         return 2.0 * _cholesky_one_plus(products).diagonal().log().sum()
     # singular values resolve the square of the range that products resolve
     values = torch.linalg.svdvals(rows)
-    logs = values[_above_noise(values, rows)].log()
-    return log1p_ratio(2.0 * logs, values.new_zeros(())).sum()
+    return log1p_ratio(2.0 * values[values > 0].log(), values.new_zeros(())).sum()
 
 
 def whitened(rows: Tensor) -> Tensor:
     """``F (I + F^T F)^-1/2`` up to a rotation of its columns; its squares are never negative.
 
     Returns:
-        Rows ``[P, s]``; the sum of all squares is the trace of ``F^T F (I + F^T F)^-1``.
+        ``[P, r]``; the sum of all squares is the trace of ``F^T F (I + F^T F)^-1``.
     """
     products = rows.mT @ rows
     if _is_well_scaled(products):
         lower = _cholesky_one_plus(products)
         return torch.linalg.solve_triangular(lower, rows.mT, upper=False).mT
     left, values, _ = torch.linalg.svd(rows, full_matrices=False)
-    kept = _above_noise(values, rows)
-    return left[:, kept] * torch.sigmoid(2.0 * values[kept].log()).sqrt()
+    return left * torch.sigmoid(2.0 * values.log()).sqrt()
 
 
 def _is_well_scaled(products: Tensor) -> bool:
@@ -172,12 +170,6 @@ def _is_well_scaled(products: Tensor) -> bool:
 def _cholesky_one_plus(products: Tensor) -> Tensor:
     eye = torch.eye(len(products), dtype=products.dtype, device=products.device)
     return torch.linalg.cholesky(products + eye)
-
-
-def _above_noise(values: Tensor, rows: Tensor) -> Tensor:
-    """Which singular values are more than rounding noise of the largest one."""
-    noise = max(rows.shape) * torch.finfo(rows.dtype).eps * values.detach().amax()
-    return values.detach() > noise
 
 
 def gram(rows: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import margeq
 from margeq import linalg
+from margeq.curvature import exact
 from margeq.curvature.kron import BlockKron
 from margeq.curvature.options import KfacOptions
 from margeq.laplace import (
@@ -89,6 +90,8 @@ def test_moments_are_the_diagonal_of_the_ggn_in_the_basis(seed):
     dense = dense_blocks(model, batch, likelihood)
     blocks = accumulate(model, [batch], likelihood, curvature="ekfac", bases=bases)
     plain = accumulate(model, [batch], likelihood, curvature="diag")
+    whole = accumulate(model, [batch], likelihood, curvature="full").curvature
+    assert relative_error(whole.matrix, exact.ggn(model, [batch], likelihood)) <= EXACT
     for name, block in blocks.curvature.blocks.items():
         basis = BlockKron(*bases[name], torch.tensor(1.0, dtype=F64), block.layout).to_dense()
         expected = (basis.mT @ dense[name] @ basis).diagonal()

@@ -104,11 +104,13 @@ def eigen_bases(krons: Mapping[str, BlockKron]) -> dict[str, tuple[Tensor, Tenso
         NonFiniteError: if a factor is NaN or infinite.
         NotPSDError: if a decomposition fails for good.
     """
-    return {
-        name: (psd_eigh(kron.grad_cov, name)[1], psd_eigh(kron.input_cov, name)[1])
-        for name, kron in krons.items()
-        if kron.n_shared > 0
-    }
+    bases = {}
+    for name, kron in krons.items():
+        if kron.n_shared > 0:
+            _, grad_vectors, _ = psd_eigh(kron.grad_cov, name, kron.resolution)
+            _, input_vectors, _ = psd_eigh(kron.input_cov, name, kron.resolution)
+            bases[name] = grad_vectors, input_vectors
+    return bases
 
 
 class EigenSums:
