@@ -35,7 +35,7 @@ from margeq.curvature.sampling import checksum, reseeded, sample_keys
 from margeq.errors import ConfigError, NonFiniteError
 from margeq.likelihoods import Likelihood, as_likelihood
 from margeq.linalg import accumulation_dtype, is_finite
-from margeq.parameters import named_weights
+from margeq.parameters import log_hyperprior, named_weights
 
 __all__ = [
     "CurvatureState",
@@ -58,6 +58,7 @@ class CurvatureState:
         flavour: how the curvature was approximated.
         captured_trace: share of the output Hessian's trace that the root kept.
         checksum: order-independent checksum of the inputs.
+        log_hyperprior: penalty of the hyperparameters inside the network, in nats.
     """
 
     curvature: Curvature
@@ -67,6 +68,7 @@ class CurvatureState:
     flavour: EvidenceFlavour
     captured_trace: float = 1.0
     checksum: int = 0
+    log_hyperprior: float = 0.0
 
     @property
     def kron(self) -> dict[str, BlockKron]:
@@ -261,7 +263,7 @@ class _Pass:
                 keys = sample_keys(batch.inputs)
                 outputs, uses = self._recorded(batch.inputs)
                 self._add_data(batch, keys, outputs, uses)
-                plan.add(keys, self._likelihood.root(outputs).square_norms())
+                plan.add(keys, self._likelihood.root(outputs.detach()).square_norms())
         plan.close()
         self._captured = plan.captured
         for inputs in regrouped((b.inputs, self._counts(plan, b.inputs)) for b in batches()):
@@ -326,4 +328,5 @@ class _Pass:
             flavour=flavour,
             captured_trace=self._captured,
             checksum=self.checksum,
+            log_hyperprior=float(log_hyperprior(self._model).detach()),
         )

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from margeq import __version__
 from margeq.callbacks import Callback, Event, JsonlCallback, to_json
 from margeq.config import DemoConfig
-from margeq.data import DigitTask, place_digits
+from margeq.data import ImageTask, place_digits
 from margeq.errors import ConfigError
 from margeq.models import digit_network
 from margeq.optimize import MargLikResult, optimize_marglik
@@ -148,7 +148,7 @@ def _answer(question: Question, config: DemoConfig, directory: Path, listener: L
 
 def _train(
     network: nn.Module,
-    task: DigitTask,
+    task: ImageTask,
     config: DemoConfig,
     restarts: str | list[str],
     callbacks: list[Callback],
@@ -183,7 +183,7 @@ def _log(directory: Path, question: str) -> Callback:
 
 
 @torch.no_grad()
-def _accuracy(network: nn.Module, task: DigitTask) -> float:
+def _accuracy(network: nn.Module, task: ImageTask) -> float:
     network.eval()
     predictions: Tensor = network(task.test_images).argmax(1)
     return float((predictions == task.test_labels).double().mean())

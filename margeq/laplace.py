@@ -48,6 +48,7 @@ class Spectrum:
         n_data: number of data.
         flavour: evidence flavour of the pass.
         checksum: order-independent checksum of the inputs.
+        log_hyperprior: penalty of the hyperparameters inside the network, in nats.
     """
 
     eigenvalues: Eigenvalues
@@ -56,6 +57,7 @@ class Spectrum:
     n_data: int
     flavour: EvidenceFlavour
     checksum: int
+    log_hyperprior: float = 0.0
 
     @property
     def clamped(self) -> int:
@@ -71,11 +73,13 @@ class Evidence:
         log_likelihood: fit of the data at the MAP.
         log_determinant: ``log det(I + kappa Delta^-1/2 H Delta^-1/2)``.
         scatter: ``sum delta |theta|^2``.
+        log_hyperprior: penalty of the hyperparameters inside the network.
     """
 
     log_likelihood: Tensor
     log_determinant: Tensor
     scatter: Tensor
+    log_hyperprior: float = 0.0
 
     @property
     def occam(self) -> Tensor:
@@ -85,7 +89,7 @@ class Evidence:
     @property
     def total(self) -> Tensor:
         """The log marginal likelihood."""
-        return self.log_likelihood + self.occam
+        return self.log_likelihood + self.occam + self.log_hyperprior
 
 
 def decompose(state: CurvatureState) -> Spectrum:
@@ -105,6 +109,7 @@ def decompose(state: CurvatureState) -> Spectrum:
         state.n_data,
         state.flavour,
         state.checksum,
+        state.log_hyperprior,
     )
 
 
@@ -147,7 +152,7 @@ def evidence(spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood) -
     scatter = fit_term.new_zeros(())
     for name, log_precision in log_precisions.items():
         scatter = scatter + log_precision.exp() * spectrum.square_norms[name]
-    return Evidence(fit_term, log_determinant, scatter)
+    return Evidence(fit_term, log_determinant, scatter, spectrum.log_hyperprior)
 
 
 def log_marginal_likelihood(

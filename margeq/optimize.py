@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+from margeq.adjoint import Revisit
 from margeq.batches import read_batches
 from margeq.callbacks import Callback, Event, progress_callback
 from margeq.curvature.options import KfacOptions
@@ -20,7 +21,7 @@ from margeq.errors import ConfigError, ConvergenceWarning
 from margeq.function_share import function_variances
 from margeq.laplace import hyper_gradient
 from margeq.likelihoods import Likelihood, as_likelihood
-from margeq.parameters import named_hyperparameters, named_weights
+from margeq.parameters import named_weights
 from margeq.priors import GaussianPrior
 from margeq.training.guards import (
     Rewind,
@@ -28,6 +29,7 @@ from margeq.training.guards import (
     random_devices,
     transaction,
 )
+from margeq.training.network import NetworkStepsOptions, collect_hyperparameters, frozen
 from margeq.training.problem import Problem, Schedule, first_look
 from margeq.training.result import Diagnostics, MargLikResult, Restart
 from margeq.training.run import Outcome, run
@@ -60,6 +62,7 @@ def optimize_marglik(
     temperature: float = 1.0,
     hyper_solver: str = "mackay",
     hyperparameters: Sequence[Tensor] = (),
+    network_gradient: str | Revisit = "auto",
     parameters: str | Sequence[str] = "all",
     curvature: str | KfacOptions = "kfac",
     backend: str = "margeq",
@@ -97,12 +100,18 @@ def optimize_marglik(
         optimizer_kwargs: without ``weight_decay``; never changed.
         scheduler_cls: learning-rate scheduler, stepped after every batch.
         scheduler_kwargs: for it.
-        lr_hyp: step size of ``hyper_solver="adam"``, in log units.
+        lr_hyp: step size of ``hyper_solver="adam"``, and of ``hyperparameters``, in their units.
         prior_prec_init: ``"function-scale"``, a number, or one number per group.
         sigma_noise_init: initial noise for ``"regression"``, in units of the targets.
         temperature: ``T`` of the likelihood.
-        hyper_solver: ``"mackay"``, ``"adam"`` or ``"lbfgs"``.
-        hyperparameters: tensors inside the network; not available in this version.
+        hyper_solver: ``"mackay"``, ``"adam"``, ``"lbfgs"``, or ``"fixed"`` for plain MAP training
+            with precisions and noise as they begin.
+        hyperparameters: leaf tensors that the model's output depends on, besides those that
+            its layers declare: the evidence alone moves them, the training loss never does.
+        network_gradient: how their gradient is found: ``"exact"`` (two-phase pass), ``"sketched"``
+            (one random column on a tenth of the batches), ``"closed-form"`` (lengthscales at
+            fixed filters), ``"auto"`` (closed form where it exists, sketched elsewhere), or a
+            :class:`margeq.adjoint.Revisit`.
         parameters: ``"all"``, or names of the weights to integrate out; others are trained
             without prior.
         curvature: ``"kfac"``, ``"ekfac"``, ``"diag"``, ``"full"``, or
@@ -151,7 +160,9 @@ def optimize_marglik(
         n_hypersteps=n_hypersteps, lr_hyp=lr_hyp, seed=seed,
     )  # fmt: skip
     _check_callbacks(callbacks)
-    _refuse_unavailable(model, hyperparameters, backend, checkpoint_dir)
+    _refuse_unavailable(backend, checkpoint_dir)
+    inside = collect_hyperparameters(model, hyperparameters)
+    NetworkStepsOptions(network_gradient, lr_hyp, n_hypersteps)
     if isinstance(likelihood, Likelihood) and (sigma_noise_init, temperature) != (1.0, 1.0):
         raise ConfigError("likelihood is an object: give it noise and temperature itself")
     likelihood_object = deepcopy(
@@ -162,16 +173,18 @@ def optimize_marglik(
         if isinstance(curvature, KfacOptions)
         else KfacOptions(hessian_root, mc_samples, kfac_approx=kfac_approx, curvature=curvature)
     )
+    _require_factors(inside, options, hyper_solver)
     schedule = Schedule(
         n_epochs, n_epochs_burnin, marglik_frequency, n_hypersteps, lr_hyp, hyper_solver,
-        optimizer_cls, optimizer_kwargs, scheduler_cls, scheduler_kwargs,
+        optimizer_cls, optimizer_kwargs, scheduler_cls, scheduler_kwargs, network_gradient,
     )  # fmt: skip
     starts = resolve_starts(model, restarts)
     bar = progress_callback(progress)
     emit = _Fan([*callbacks, *([bar] if bar else [])])
-    rewind = Rewind(model, (train_loader, marglik_loader))
+    rewind = Rewind(model, (train_loader, marglik_loader), inside.values())
     with ExitStack() as stack:
         stack.enter_context(transaction(rewind))
+        stack.enter_context(frozen(inside))
         run_seed = int(torch.randint(2**31, ())) if seed is None else seed
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.random.fork_rng(devices=random_devices(model)))
@@ -180,7 +193,7 @@ def optimize_marglik(
             stack.enter_context(bar)
         problem = first_look(
             model, train_loader, marglik_loader, batch_fn, likelihood_object, prior,
-            prior_prec_init, parameters, options, schedule, run_seed,
+            prior_prec_init, parameters, options, schedule, run_seed, inside,
         )  # fmt: skip
         outcomes = []
         for start in starts:
@@ -223,18 +236,20 @@ def _check_numbers(*, lr_hyp: float, seed: int | None, **counts: int) -> None:
         raise ConfigError(f"seed={seed!r} must be None or an integer from 0 to 2**63 - 1")
 
 
-def _refuse_unavailable(
-    model: nn.Module,
-    hyperparameters: Sequence[Tensor],
-    backend: str,
-    checkpoint_dir: str | None,
-) -> None:
-    if hyperparameters or named_hyperparameters(model):
-        raise ConfigError("hyperparameters inside the network are not available in this version")
+def _refuse_unavailable(backend: str, checkpoint_dir: str | None) -> None:
     if backend != "margeq":
         raise ConfigError(f"backend={backend!r}: this version has 'margeq'")
     if checkpoint_dir is not None:
         raise ConfigError("checkpoint_dir is not available in this version")
+
+
+def _require_factors(inside: Mapping[str, Tensor], options: KfacOptions, hyper_solver: str) -> None:
+    if inside and options.curvature != "kfac" and hyper_solver != "fixed":
+        raise ConfigError(
+            f"curvature={options.curvature!r} cannot move hyperparameters inside the network "
+            f"({', '.join(inside)}); use curvature='kfac', or freeze them with "
+            f"requires_grad_(False)"
+        )
 
 
 class _Fan:
@@ -254,6 +269,9 @@ def _finish(problem: Problem, outcomes: list[Outcome], emit: Callback) -> MargLi
         assert kept.error is not None
         raise kept.error
     problem.model.load_state_dict(kept.state_dict)
+    with torch.no_grad():
+        for name, tensor in problem.hyperparameters.items():
+            tensor.copy_(kept.hyperparameters[name])
     for parameter in problem.model.parameters():
         parameter.grad = None
     batches = read_batches(problem.marglik_loader, problem.device, problem.batch_fn)
@@ -284,6 +302,7 @@ def _finish(problem: Problem, outcomes: list[Outcome], emit: Callback) -> MargLi
         n_iter=len(kept.history.losses),
         spectrum=kept.spectrum,
         variances=function_variances(problem.model, batches),
+        hyperparameters=kept.hyperparameters,
     )
     emit(Event("result", {"log_marginal_likelihood": result.log_marginal_likelihood}))
     return result

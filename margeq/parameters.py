@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from margeq.errors import ConfigError, UnsupportedLayerError
 
 __all__ = [
+    "log_hyperprior",
     "matches",
     "named_hyperparameters",
     "named_weights",
@@ -30,6 +32,23 @@ def named_hyperparameters(model: nn.Module) -> dict[str, nn.Parameter]:
             if isinstance(parameter, nn.Parameter) and parameter.requires_grad:
                 found[f"{prefix}.{name}" if prefix else name] = parameter
     return found
+
+
+def log_hyperprior(model: nn.Module) -> Tensor:
+    """Penalty of the hyperparameters in the evidence, in nats: the sum over layers that have one.
+
+    A layer offers it as ``log_hyperprior()``, a differentiable scalar.
+
+    Returns:
+        A scalar, zero for a model without such layers.
+    """
+    total = torch.zeros(())
+    for module in model.modules():
+        own = getattr(module, "log_hyperprior", None)
+        if own is not None:
+            value = own()
+            total = total.to(value) + value
+    return total
 
 
 def named_weights(

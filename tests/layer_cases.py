@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import nn
 
-from margeq.layers import FactoredLinear2d, Linear2d
+from margeq.layers import FactoredLinear2d, Linear2d, SparseConv2d, SparseFactoredLinear2d
 from margeq.testing import LayerCase
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -16,6 +16,8 @@ def conv(kind: type[nn.Module], name: str, *channels: int, size: tuple[int, ...]
     make = partial(kind, *channels, 3, **options)
     return LayerCase(f"{kind.__name__}-{name}", make, (3, channels[0], *size), shared=("weight",))
 
+
+sparse = SparseFactoredLinear2d
 
 LAYER_CASES = [
     LayerCase("Linear", partial(nn.Linear, 4, 3), (5, 4)),
@@ -47,4 +49,27 @@ LAYER_CASES = [
     LayerCase("Linear2d-1d", partial(Linear2d, 2, 3, 4, 2, bias=False), (4, 2, 4)),
     LayerCase("FactoredLinear2d", partial(FactoredLinear2d, 2, 3, (2, 3), (2, 2)), (4, 2, 2, 3)),
     LayerCase("FactoredLinear2d-1d", partial(FactoredLinear2d, 3, 2, 4, 2, bias=False), (4, 3, 4)),
+    *(
+        conv(SparseConv2d, mode, 2, 3, size=(4, 4), padding=1, padding_mode=mode)
+        for mode in PADDING_MODES
+    ),
+    conv(SparseConv2d, "grid", 2, 3, size=(4, 4), anchors="grid", bias=False),
+    conv(SparseConv2d, "identity", 2, 3, size=(4, 4), anchors="grid", basis="identity"),
+    conv(SparseConv2d, "exponential", 2, 3, size=(4, 4), anchors=3, basis="exponential"),
+    conv(SparseConv2d, "learned-anchors", 2, 3, size=(4, 4), learn_anchors=True),
+    conv(SparseConv2d, "strided-groups", 4, 6, size=(7, 6), groups=2, stride=2, dilation=(1, 2)),
+    conv(SparseConv2d, "per-filter", 4, 6, size=(4, 4), groups=2, padding="same", per_filter=True),
+    LayerCase("SparseConv2d-one-position", partial(SparseConv2d, 2, 3, 3), (4, 2, 3, 3)),
+    LayerCase("SparseFactoredLinear2d", partial(sparse, 2, 3, (3, 3), (2, 2)), (4, 2, 3, 3)),
+    LayerCase("SparseFactoredLinear2d-1d", partial(sparse, 3, 2, 4, 3, bias=False), (4, 3, 4)),
+    LayerCase(
+        "SparseFactoredLinear2d-per-filter",
+        partial(sparse, 2, 3, (3, 3), (2, 2), per_filter=True, basis="exponential"),
+        (4, 2, 3, 3),
+    ),
+    LayerCase(
+        "SparseFactoredLinear2d-learned-anchors",
+        partial(sparse, 2, 3, (3, 3), (2, 2), anchors=(4, "grid"), learn_anchors=True),
+        (4, 2, 3, 3),
+    ),
 ]

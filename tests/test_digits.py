@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from margeq.data import DigitTask, load_digits, place_digits
+from margeq.data import ImageTask, load_digits, place_digits
 from margeq.data.digits import _split
 from margeq.errors import ConfigError
 
@@ -38,7 +38,7 @@ def offsets(placed, digits):
     return rounded.long()
 
 
-def same_task(a: DigitTask, b: DigitTask) -> bool:
+def same_task(a: ImageTask, b: ImageTask) -> bool:
     names = ("train_images", "train_labels", "test_images", "test_labels")
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in names)
 

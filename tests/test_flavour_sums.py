@@ -22,7 +22,7 @@ from margeq.laplace import (
     hyper_gradient,
     log_marginal_likelihood,
 )
-from margeq.layers import ResidualPathways
+from margeq.layers import ResidualPathways, SparseConv2d
 from margeq.likelihoods import Categorical, Gaussian
 from margeq.priors import GaussianPrior
 from tests.dense_evidence import cnn, dense_evidence, mlp, ours, problem, random_prior
@@ -137,6 +137,35 @@ def test_one_parameter_in_two_modules_has_one_gradient_per_datum():
     assert relative_error(whole.matrix, dense) <= EXACT
     moments = numbers(accumulate(model, [batch], curvature="diag"))
     assert relative_error(moments, dense.diagonal()) <= EXACT
+
+
+def sparse_net():
+    """A network whose basis has a hyperparameter, which is no weight."""
+    sparse = SparseConv2d(2, 3, 3, padding=1)
+    return net(sparse, nn.Tanh(), nn.Flatten(), nn.Linear(48, 3)), (2, 4, 4)
+
+
+def test_hyperparameters_in_the_network_are_no_weights():
+    model, shape = sparse_net()
+    batch = data_for(model, Categorical(), 6, *shape)
+    dense = exact.ggn(model, [batch], Categorical())
+    state = accumulate(model, [batch], curvature="full")
+    assert relative_error(state.curvature.matrix, dense) <= EXACT
+    assert not state.curvature.matrix.requires_grad
+    moments = accumulate(model, [batch], curvature="ekfac").curvature.blocks
+    assert sum(float(b.moments.sum()) for b in moments.values()) == pytest.approx(
+        float(dense.trace()), rel=EXACT
+    )
+    assert not any(block.moments.requires_grad for block in moments.values())
+
+
+@NEW_FLAVOURS
+def test_training_hyperparameters_in_the_network_needs_kfac(curvature):
+    model, shape = sparse_net()
+    batch, events = data_for(model, Categorical(), 6, *shape), []
+    with pytest.raises(ConfigError, match=f"curvature='{curvature}' cannot move .*lengthscale"):
+        margeq.optimize_marglik(model, [batch], curvature=curvature, callbacks=[events.append])
+    assert not events
 
 
 @NEW_FLAVOURS

@@ -86,8 +86,16 @@ def require_rules(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None
 
 
 @contextmanager
-def record(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[list[Use]]:
-    """Record each call of a module that owns one of ``weights`` while the context is open."""
+def record(
+    model: nn.Module, weights: Mapping[str, nn.Parameter], *, keep_graph: bool = False
+) -> Iterator[list[Use]]:
+    """Record each call of a module that owns one of ``weights`` while the context is open.
+
+    With ``keep_graph`` the recorded inputs stay differentiable in what they were computed from.
+
+    Yields:
+        The calls, in their order; the list fills while the model runs.
+    """
     uses: list[Use] = []
     handles = []
     name_of = {id(parameter): name for name, parameter in weights.items()}
@@ -99,7 +107,7 @@ def record(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[li
         }
         rule = rule_for(type(layer))
         if names and rule is not None:
-            hook = _Recorder(prefix, rule, names, uses)
+            hook = _Recorder(prefix, rule, names, uses, keep_graph)
             # first in line, so that hooks of the user see and may change the output after us
             handles.append(layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
     try:
@@ -115,6 +123,7 @@ class _Recorder:
     rule: Rule
     names: Mapping[str, str]
     uses: list[Use]
+    keep_graph: bool
 
     def __call__(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any
@@ -127,7 +136,8 @@ class _Recorder:
             )
         # taken now: an in-place activation on a view would give the tensor another history
         edge = get_gradient_edge(y) if y.requires_grad else None
-        self.uses.append(Use(self.prefix, layer, self.rule, self.names, x.detach(), y, edge))
+        x = x if self.keep_graph else x.detach()
+        self.uses.append(Use(self.prefix, layer, self.rule, self.names, x, y, edge))
         return cast(Tensor, _Alias.apply(y)) if edge is not None else y
 
 
@@ -163,13 +173,18 @@ def require_batch_axis(uses: Sequence[Use], n_data: int) -> None:
             )
 
 
-def backpropagate(outputs: Tensor, uses: Sequence[Use], column: Tensor) -> list[Tensor | None]:
+def backpropagate(
+    outputs: Tensor, uses: Sequence[Use], column: Tensor, *, create_graph: bool = False
+) -> list[Tensor | None]:
     """Gradients of ``sum(column * outputs)`` with respect to each recorded module output."""
     found: list[Tensor | None] = [None] * len(uses)
     edges = [(position, use.edge) for position, use in enumerate(uses) if use.edge is not None]
     if edges and outputs.requires_grad:
         positions, targets = zip(*edges, strict=True)
-        grads = torch.autograd.grad(outputs, targets, column, retain_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(
+            outputs, targets, column,
+            retain_graph=True, create_graph=create_graph, allow_unused=True,
+        )  # fmt: skip
         for position, grad in zip(positions, grads, strict=True):
             found[position] = grad
     return found

@@ -83,15 +83,25 @@ class InputCovCache:
 
 
 class FactorSums:
-    """Kronecker factors of all weights, as plain sums over the calls that are added."""
+    """Kronecker factors of all weights, as plain sums over the calls that are added.
+
+    Args:
+        weights: by name.
+        options: how to approximate.
+        cache: input factors known from an earlier pass.
+        differentiable: keep the graph of what the calls were computed from.
+    """
 
     def __init__(
         self,
         weights: Mapping[str, nn.Parameter],
         options: KfacOptions,
         cache: InputCovCache | None = None,
+        *,
+        differentiable: bool = False,
     ) -> None:
         self._weights, self._options = weights, options
+        self._differentiable = differentiable
         self._cache = InputCovCache() if cache is None else cache
         self._factors = {name: Factors() for name in weights}
 
@@ -103,9 +113,13 @@ class FactorSums:
             inputs: what the model was called with.
             keys: one key per datum, for the sample of positions.
         """
+        with torch.set_grad_enabled(self._differentiable):
+            self._add_inputs(uses, inputs, keys)
+
+    def _add_inputs(self, uses: Sequence[Use], inputs: Any, keys: Tensor) -> None:
         sums: dict[str, tuple[Tensor, int]] = {}
         for use in uses:
-            from_data = isinstance(inputs, Tensor) and _same_memory(use.x, inputs)
+            from_data = _is_first(use, inputs)
             if from_data and self._cache.has(use.names):
                 for name in use.names.values():
                     self._factors[name].take_inputs(self._cache.factors[name])
@@ -139,6 +153,10 @@ class FactorSums:
             uses: recorded calls.
             grads: the gradient of each call's output, ``None`` where it does not matter.
         """
+        with torch.set_grad_enabled(self._differentiable):
+            self._add_gradients(uses, grads)
+
+    def _add_gradients(self, uses: Sequence[Use], grads: Sequence[Tensor | None]) -> None:
         rows: list[tuple[str, Tensor]] = []
         sums: dict[str, Tensor] = {}
         for use, grad in zip(uses, grads, strict=True):
@@ -158,6 +176,18 @@ class FactorSums:
             if identity not in grams:
                 grams[identity] = gram(values)
             self._factors[name].add_grads(grams[identity])
+
+    def input_covs(self) -> dict[str, Tensor]:
+        """Input covariances so far, of the weights that have any."""
+        found = {name: factors.input_cov for name, factors in self._factors.items()}
+        return {name: cov for name, cov in found.items() if cov is not None}
+
+    def take_grad_covs(self) -> dict[str, Tensor]:
+        """Gradient covariances since the last call, of the weights that have any."""
+        found = {name: factors.grad_cov for name, factors in self._factors.items()}
+        for factors in self._factors.values():
+            factors.grad_cov = None
+        return {name: cov for name, cov in found.items() if cov is not None}
 
     def finish(self, checksum: int) -> BlockCurvature:
         """The curvature of every weight; fills the cache."""
@@ -196,6 +226,14 @@ def _added(total: Tensor | None, cov: Tensor) -> Tensor:
     return total.add_(cov)
 
 
+def _is_first(use: Use, inputs: Any) -> bool:
+    """Whether a call's input factors come from the data alone."""
+    if not (isinstance(inputs, Tensor) and _same_memory(use.x, inputs)):
+        return False
+    # a basis in the layer, or whatever else is no weight, may change what the weights see
+    return {name for name, _ in use.layer.named_parameters()} == set(use.names)
+
+
 def _same_memory(x: Tensor, data: Tensor) -> bool:
     return x.data_ptr() == data.data_ptr() and x.shape == data.shape
 
@@ -203,4 +241,4 @@ def _same_memory(x: Tensor, data: Tensor) -> bool:
 def _promoted(values: Tensor) -> Tensor:
     """Half precision as float32, the least that factors are formed in."""
     half = values.dtype in (torch.float16, torch.bfloat16)
-    return values.detach().float() if half else values.detach()
+    return values.float() if half else values

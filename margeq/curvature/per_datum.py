@@ -53,6 +53,7 @@ class CallReader:
         self._inputs: list[dict[str, Tensor]] = []
         self.layouts: dict[str, Layout] = {}
 
+    @torch.no_grad()
     def read(self, uses: Sequence[Use], grads: Sequence[Tensor | None]) -> dict[str, list[Call]]:
         """All calls of each weight that the output depends on, for one column of the root.
 

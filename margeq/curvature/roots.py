@@ -17,11 +17,13 @@ __all__ = [
     "MonteCarloGaussianRoot",
     "MonteCarloSoftmaxRoot",
     "Root",
+    "SketchedRoot",
     "SoftmaxRoot",
     "TraceHistogram",
 ]
 
 _MC_STREAM = 1
+_SIGN_STREAM = 0
 
 
 class Root(Protocol):
@@ -46,7 +48,7 @@ class SoftmaxRoot:
 
         L_jj = sqrt(p_j q_j / q_(j-1)),   L_ij = -(p_i / q_j) L_jj  for i > j.
 
-    Stable for confident predictions because the tails are summed from the small end.
+    All in logarithms: exact for the most confident predictions, and differentiable in the logits.
 
     Args:
         logits: ``[n, C]``.
@@ -54,29 +56,30 @@ class SoftmaxRoot:
 
     def __init__(self, logits: Tensor) -> None:
         self._dtype = logits.dtype
-        probabilities = torch.softmax(logits.detach().double(), -1)
-        self._p, self._order = probabilities.sort(dim=-1, descending=True, stable=True)
-        tails = self._p.flip(-1).cumsum(-1).flip(-1)  # tails[j] = sum of p from j on
-        self._rest = torch.nn.functional.pad(tails[:, 1:], (0, 1))
-        self._diagonal = (self._p * self._rest / tails.clamp_min(1e-300)).sqrt()
-        self._below = -self._diagonal / self._rest.clamp_min(1e-300)
+        log_p = torch.log_softmax(logits.double(), -1)
+        self._log_p, self._order = log_p.sort(dim=-1, descending=True, stable=True)
         self.n_columns = logits.shape[-1] - 1
+        log_tails = self._log_p.flip(-1).logcumsumexp(-1).flip(-1)  # of the sum of p from j on
+        self._log_rest = log_tails[:, 1:]
+        self._log_diagonal = 0.5 * (self._log_p[:, :-1] + self._log_rest - log_tails[:, :-1])
 
     def square_norms(self) -> Tensor:
         """Squared norm of each column, ``[n, C - 1]``."""
-        squares = self._p.square().flip(-1).cumsum(-1).flip(-1)
-        rest_squares = torch.nn.functional.pad(squares[:, 1:], (0, 1))
-        relative = rest_squares / self._rest.square().clamp_min(1e-300)
-        return (self._diagonal.square() * (1.0 + relative))[:, : self.n_columns]
+        log_squares = (2.0 * self._log_p).flip(-1).logcumsumexp(-1).flip(-1)[:, 1:]
+        below = (log_squares - 2.0 * self._log_rest).exp()
+        return (2.0 * self._log_diagonal).exp() * (1.0 + below)
 
     def columns(self, data: Tensor, which: Tensor) -> Tensor:
         """Column ``which[m]`` of datum ``data[m]``, ``[m, C]``."""
         pivot = which[:, None]
-        p, order = self._p[data], self._order[data]
-        is_below = torch.arange(p.shape[1], device=p.device) > pivot
-        column = torch.where(is_below, p * self._below[data, which][:, None], 0.0)
-        column.scatter_(1, pivot, self._diagonal[data, which][:, None])
-        return torch.empty_like(column).scatter_(1, order, column).to(self._dtype)
+        log_p, order = self._log_p[data], self._order[data]
+        log_diagonal = self._log_diagonal[data, which][:, None]
+        classes = torch.arange(log_p.shape[1], device=log_p.device)
+        # above the pivot p / q may overflow, so that nothing may be computed there
+        offset = torch.where(classes > pivot, log_p - self._log_rest[data, which][:, None], 0.0)
+        below = torch.where(classes > pivot, -(offset + log_diagonal).exp(), 0.0)
+        column = torch.where(classes == pivot, log_diagonal.exp(), below)
+        return torch.zeros_like(column).scatter(1, order, column).to(self._dtype)
 
 
 class MonteCarloSoftmaxRoot:
@@ -152,6 +155,43 @@ class MonteCarloGaussianRoot:
     def columns(self, data: Tensor, which: Tensor) -> Tensor:
         """Column ``which[m]`` of datum ``data[m]``, ``[m, K]``."""
         return self._columns[data, which].to(self._dtype)
+
+
+class SketchedRoot:
+    """Unbiased root ``S z / sqrt(M)`` with random signs ``z``, from another root ``S``.
+
+    Unlike drawn labels, the signs do not depend on the outputs, so the derivative of the sketch
+    is an unbiased estimate of the derivative of ``S S^T``.
+
+    Args:
+        root: an exact one.
+        keys: one 64-bit key per datum.
+        n_samples: ``M``, number of columns.
+    """
+
+    def __init__(self, root: Root, keys: Tensor, n_samples: int) -> None:
+        self._root = root
+        draws = uniforms(keys, _SIGN_STREAM, root.n_columns * n_samples)
+        signs = torch.where(draws < 0.5, -1.0, 1.0) / n_samples**0.5
+        self._signs = signs.reshape(len(keys), n_samples, root.n_columns)
+        self.n_columns = n_samples
+
+    def square_norms(self) -> Tensor:
+        """Squared norm of each column, ``[n, M]``."""
+        everyone = torch.arange(len(self._signs), device=self._signs.device)
+        columns = [self.columns(everyone, everyone * 0 + v) for v in range(self.n_columns)]
+        return torch.stack([column.double().square().sum(-1) for column in columns], -1)
+
+    def columns(self, data: Tensor, which: Tensor) -> Tensor:
+        """Column ``which[m]`` of datum ``data[m]``, ``[m, K]``."""
+        signs = self._signs[data, which]
+        total = None
+        for v in range(self._root.n_columns):
+            column = self._root.columns(data, torch.full_like(data, v))
+            column = column * signs[:, v, None].to(column.dtype)
+            total = column if total is None else total + column
+        assert total is not None
+        return total
 
 
 class TraceHistogram:

@@ -1,7 +1,32 @@
-"""Data sets: the digits that ship with margeq, and questions about them with a known answer."""
+"""Data sets: questions about pictures whose symmetry is known, and loaders for them."""
 
 from __future__ import annotations
 
-from margeq.data.digits import DigitTask, load_digits, place_digits
+from margeq.data.augment import random_shift_flip
+from margeq.data.batching import TensorLoader
+from margeq.data.digits import load_digits, place_digits
+from margeq.data.image_sets import (
+    cifar10,
+    mnist,
+    quadrant_mnist,
+    rotated_cifar10,
+    rotated_mnist,
+    translated_mnist,
+)
+from margeq.data.sources import load_image_folder
+from margeq.data.tasks import ImageTask
 
-__all__ = ["DigitTask", "load_digits", "place_digits"]
+__all__ = [
+    "ImageTask",
+    "TensorLoader",
+    "cifar10",
+    "load_digits",
+    "load_image_folder",
+    "mnist",
+    "place_digits",
+    "quadrant_mnist",
+    "random_shift_flip",
+    "rotated_cifar10",
+    "rotated_mnist",
+    "translated_mnist",
+]

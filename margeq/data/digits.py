@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Literal, get_args
 
@@ -14,45 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from margeq.data.tasks import ImageTask
 from margeq.errors import ConfigError
 
-__all__ = ["DigitTask", "Question", "load_digits", "place_digits"]
+__all__ = ["Question", "load_digits", "place_digits"]
 
 Question = Literal["digit", "corner"]
 
+_NAMES = {
+    "digit": tuple("0123456789"),
+    "corner": ("upper left", "upper right", "lower left", "lower right"),
+}
 _SIDE = 8  # pixels of a digit
 _LARGEST_GREY = 16
 _TRAIN_SHARE = 0.8
-
-
-@dataclass(frozen=True)
-class DigitTask:
-    """Pictures and labels of one question, for training and for the final check.
-
-    Args:
-        train_images: grey values in [0, 1], ``[n_train, 1, canvas, canvas]``.
-        train_labels: class indices, ``[n_train]``.
-        test_images: pictures of digits that are not in the training part,
-            ``[n_test, 1, canvas, canvas]``.
-        test_labels: class indices, ``[n_test]``.
-        name: the question, ``"digit"`` or ``"corner"``.
-    """
-
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-    name: str
-
-    def standardised(self) -> DigitTask:
-        """The same task with zero mean and unit variance over the training pictures."""
-        # statistics of the training pictures alone: the held-out digits stay unseen
-        mean, deviation = self.train_images.mean(), self.train_images.std()
-        return replace(
-            self,
-            train_images=(self.train_images - mean) / deviation,
-            test_images=(self.test_images - mean) / deviation,
-        )
 
 
 def load_digits() -> tuple[Tensor, Tensor]:
@@ -79,7 +53,7 @@ def load_digits() -> tuple[Tensor, Tensor]:
 
 def place_digits(
     question: Question, *, canvas: int = 16, copies: int = 2, seed: int = 0
-) -> DigitTask:
+) -> ImageTask:
     """Put the digits on an empty canvas and ask one of two questions about them.
 
     ``"digit"``: each digit lies at uniformly random offsets, its label is the digit.
@@ -121,7 +95,7 @@ def place_digits(
         answers = labels[indices] if question == "digit" else corners
         return _place(images[indices], offsets, canvas), answers
 
-    return DigitTask(*pictures(train), *pictures(test), name=question)
+    return ImageTask(*pictures(train), *pictures(test), name=question, class_names=_NAMES[question])
 
 
 def _check_arguments(question: str, canvas: int, copies: int) -> None:

@@ -5,5 +5,15 @@ from margeq.layers.dense import Linear2d
 from margeq.layers.factored import FactoredLinear2d
 from margeq.layers.pathways import ResidualPathways
 from margeq.layers.pooling import PolyphaseSubsample
+from margeq.layers.sparse import SparseConv2d
+from margeq.layers.sparse_factored import SparseFactoredLinear2d
 
-__all__ = ["FactoredLinear2d", "Linear2d", "PolyphaseSubsample", "ResidualPathways", "_convolution"]
+__all__ = [
+    "FactoredLinear2d",
+    "Linear2d",
+    "PolyphaseSubsample",
+    "ResidualPathways",
+    "SparseConv2d",
+    "SparseFactoredLinear2d",
+    "_convolution",
+]

@@ -5,7 +5,7 @@ Shared positions are the output pixels, blocks are the ``groups``, rows are the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +18,23 @@ from margeq.curvature.io import (
     register_split_rule,
 )
 
-__all__: list[str] = []
+__all__ = ["Conv", "conv_inputs", "conv_output_grads"]
 
-_Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-def _inputs(layer: _Conv, x: Tensor, sampler: PositionSampler) -> Mapping[str, InputRows]:
+def conv_inputs(layer: Conv, x: Tensor, sampler: PositionSampler) -> dict[str, InputRows]:
+    """Patches ``[n, m, groups, C / groups * k^d]`` of a convolution, and the bias's ones."""
     padded = _padded(layer, x)
     patches, out_shape = _patches(layer, padded)
     n_positions = out_shape.numel()
     positions = sampler(n_positions)
-    if positions is None:
-        rows = _all_rows(patches)
-    else:
+    if positions is not None:
         rows = _rows_at(padded, patches, positions, out_shape)
+    elif padded.requires_grad and torch.is_grad_enabled() and padded.ndim == 4:
+        rows = _differentiable_rows(layer, padded)
+    else:
+        rows = _all_rows(patches)
     found = {"weight": InputRows(rows, n_positions, "boi")}
     if layer.bias is not None:
         # one block for all groups: exact, and no larger than that of a dense convolution
@@ -39,7 +42,8 @@ def _inputs(layer: _Conv, x: Tensor, sampler: PositionSampler) -> Mapping[str, I
     return found
 
 
-def _output_grads(layer: _Conv, x: Tensor, grad_y: Tensor) -> Mapping[str, Tensor]:
+def conv_output_grads(layer: Conv, x: Tensor, grad_y: Tensor) -> dict[str, Tensor]:
+    """Gradients ``[v, n, t, groups, D / groups]`` of a convolution's output."""
     v, n = grad_y.shape[:2]
     blocks = layer.groups
     grads = grad_y.reshape(v, n, blocks, layer.out_channels // blocks, -1)
@@ -47,7 +51,7 @@ def _output_grads(layer: _Conv, x: Tensor, grad_y: Tensor) -> Mapping[str, Tenso
     return {"weight": grads, "bias": grads.flatten(3)[:, :, :, None]}
 
 
-def _padded(layer: _Conv, x: Tensor) -> Tensor:
+def _padded(layer: Conv, x: Tensor) -> Tensor:
     # the same pads that the module itself applies for every mode but zeros
     pads = layer._reversed_padding_repeated_twice
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
@@ -55,7 +59,7 @@ def _padded(layer: _Conv, x: Tensor) -> Tensor:
     return padded.contiguous()  # padding keeps channels_last, whose strides _rows_at cannot use
 
 
-def _patches(layer: _Conv, x: Tensor) -> tuple[Tensor, torch.Size]:
+def _patches(layer: Conv, x: Tensor) -> tuple[Tensor, torch.Size]:
     """A view ``[n, b, c, *kernel, *out]`` of all patches, without a copy."""
     n, channels, *extents = x.shape
     batch_stride, channel_stride, *strides = x.stride()
@@ -90,6 +94,13 @@ def _all_rows(patches: Tensor) -> Tensor:
     return columns.permute(2, 3, 0, 1)
 
 
+def _differentiable_rows(layer: Conv, padded: Tensor) -> Tensor:
+    """As :func:`_all_rows` for pictures, by an operation whose gradient is fast."""
+    extents: list[Any] = [layer.kernel_size, layer.dilation, 0, layer.stride]
+    columns = nn.functional.unfold(padded, *extents)
+    return columns.reshape(len(padded), layer.groups, -1, columns.shape[-1]).permute(0, 3, 1, 2)
+
+
 def _rows_at(x: Tensor, patches: Tensor, positions: Tensor, out_shape: torch.Size) -> Tensor:
     """``[n, m, b, i]``: patches at a sample of positions of each datum, gathered directly."""
     # from the flat memory of x, of which patches is a view: indexing the view is far slower
@@ -109,4 +120,4 @@ def _offsets(view: Tensor) -> Tensor:
     return offsets
 
 
-register_split_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, rule=Rule(_inputs, _output_grads))
+register_split_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, rule=Rule(conv_inputs, conv_output_grads))

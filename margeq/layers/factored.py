@@ -99,8 +99,7 @@ def _inputs(
     layer: FactoredLinear2d, x: Tensor, sampler: PositionSampler
 ) -> Mapping[str, InputRows]:
     maps = x.reshape(len(x), 1, layer.in_channels, -1)
-    with torch.no_grad():
-        hidden = layer.hidden(x)[:, None]
+    hidden = layer.hidden(x)[:, None]
     # each bias is shared over the blocks of its factor: bU over c, bV over d
     return {
         "weight_u": InputRows(maps, 1),
@@ -112,8 +111,7 @@ def _inputs(
 
 def _output_grads(layer: FactoredLinear2d, x: Tensor, grad_y: Tensor) -> Mapping[str, Tensor]:
     grad_v = grad_y.reshape(*grad_y.shape[:3], -1)[:, :, None]
-    with torch.no_grad():
-        grad_u = torch.einsum("vntdy,ydc->vntcd", grad_v, layer.weight_v)
+    grad_u = torch.einsum("vntdy,ydc->vntcd", grad_v, layer.weight_v)
     return {
         "weight_u": grad_u,
         "bias_u": grad_u.transpose(2, 3),

@@ -3,8 +3,8 @@
     delta_0 = fan_in * scale^2 / gain^2
 
 with ``gain^2 = 2`` for the last map before a rectifier and 1 otherwise, ``scale`` the factor of a
-path sum, and ``delta_0 = scale^2`` for biases. A path of 32,000 weights and one of 72
-then begin with the same output variance.
+path sum, and ``delta_0 = scale^2`` for biases. A layer with a basis knows its ``fan_in`` itself.
+A path of 32,000 weights and one of 72 then begin with the same output variance.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from margeq.curvature.capture import Use, eval_mode, forward, record
+from margeq.curvature.io import InputRows
 from margeq.parameters import matches
 from margeq.paths import path_prefixes, path_sums
 
@@ -67,10 +68,16 @@ def function_scale(
             is_bias[name] = rows[local].is_bias
             first = local in getattr(use.layer, "first_factors", ())
             gain = 2.0 if position in rectified and not first else 1.0
-            fan_in = 1.0 if is_bias[name] else rows[local].rows.shape[-1] / gain
+            fan_in = 1.0 if is_bias[name] else _fan_in(use.layer, local, rows[local]) / gain
             precision[name] = fan_in * path_scales.get(name, 1.0) ** 2
     modules = dict.fromkeys(_output_tensors(use) for use in uses)
     return FunctionScale(precision, is_bias, path_outputs, tuple(modules))
+
+
+def _fan_in(layer: nn.Module, local: str, rows: InputRows) -> float:
+    """Variance of the output under unit weights and white inputs; a layer may know better."""
+    own = getattr(layer, "fan_in", None)
+    return rows.rows.shape[-1] if own is None else own(local)
 
 
 def _output_tensors(use: Use) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -36,11 +36,15 @@ class Rewind:
     Args:
         model: its state, buffers outside of the state, flags and gradients are remembered.
         loaders: whose generators, of samplers too, are remembered.
+        tensors: hyperparameters that the model's state may not hold.
     """
 
-    def __init__(self, model: nn.Module, loaders: Sequence[Any]) -> None:
+    def __init__(
+        self, model: nn.Module, loaders: Sequence[Any], tensors: Iterable[Tensor] = ()
+    ) -> None:
         self._model, self._state = model, _cloned(model.state_dict())
-        self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        held = (*model.buffers(), *tensors)
+        self._held = [(tensor, tensor.detach().clone(), tensor.grad) for tensor in held]
         self._flags = [(module, module.training) for module in model.modules()]
         self._gradients = [(p, p.grad) for p in model.parameters()]
         self._random = torch.get_rng_state()
@@ -50,8 +54,9 @@ class Rewind:
         """Go back to where it was built."""
         self._model.load_state_dict(self._state)
         with torch.no_grad():
-            for buffer, value in self._buffers:
-                buffer.copy_(value)
+            for tensor, value, gradient in self._held:
+                tensor.copy_(value)
+                tensor.grad = gradient
         self.restore_flags()
         for parameter, gradient in self._gradients:
             parameter.grad = gradient

@@ -41,6 +41,7 @@ class Update:
         captured_trace: share of the output Hessian's trace that the root kept.
         clamped: eigenvalues that had to be set to zero.
         seconds: wall time of curvature pass and hyperparameter steps.
+        hyperparameters: values of those inside the network, at which the evidence was computed.
     """
 
     epoch: int
@@ -54,6 +55,7 @@ class Update:
     captured_trace: float
     clamped: int
     seconds: float
+    hyperparameters: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from margeq.accumulation import InputCovCache, weights_with_rules
+from margeq.adjoint import Revisit
 from margeq.batches import Batch, read_batches
 from margeq.curvature.capture import check_rules, eval_mode, forward
 from margeq.curvature.options import KfacOptions
@@ -21,6 +22,7 @@ from margeq.likelihoods import Likelihood
 from margeq.paths import all_paths_on
 from margeq.priors import GaussianPrior
 from margeq.training.function_scale import FunctionScale, function_scale
+from margeq.training.network import require_influence
 from margeq.training.normalisation import scale_invariant_units
 
 __all__ = ["Problem", "Schedule", "first_look"]
@@ -40,6 +42,7 @@ class Schedule:
     optimizer_kwargs: Mapping[str, Any] | None
     scheduler_cls: Callable[..., Any] | None
     scheduler_kwargs: Mapping[str, Any] | None
+    network_gradient: str | Revisit = "auto"
 
     def is_due(self, epoch: int) -> bool:
         """Whether hyperparameters are updated after this epoch, counted from 1."""
@@ -72,7 +75,8 @@ class Problem:
     schedule: Schedule
     n_data: int
     seed: int
-    cache: InputCovCache | None
+    cache: InputCovCache
+    hyperparameters: Mapping[str, Tensor]
 
     @property
     def device(self) -> torch.device:
@@ -92,6 +96,7 @@ def first_look(
     options: KfacOptions,
     schedule: Schedule,
     seed: int,
+    hyperparameters: Mapping[str, Tensor],
 ) -> Problem:
     """Check model and data once, before the first step, and measure what all runs need."""
     weights = weights_with_rules(model, parameters, options)
@@ -100,6 +105,7 @@ def first_look(
     _warn_unseen(train_loader, n_data)
     with all_paths_on(model):
         check_rules(model, weights, first.inputs)
+        require_influence(model, hyperparameters, first.inputs)
         scale = function_scale(model, weights, first.inputs)
         units = scale_invariant_units(model, weights, scale, first.inputs)
     by_function = isinstance(prior_prec_init, str)
@@ -122,7 +128,7 @@ def first_look(
         train_loader if marglik_loader is None else marglik_loader,
         batch_fn, likelihood, built, by_function, scale,
         units,
-        options, schedule, n_data, seed, InputCovCache(),
+        options, schedule, n_data, seed, InputCovCache(), hyperparameters,
     )  # fmt: skip
 
 

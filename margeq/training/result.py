@@ -80,6 +80,7 @@ class MargLikResult:
         success: whether the kept run ended with a settled evidence.
         message: the same in words.
         n_iter: epochs of the kept run.
+        hyperparameters: learned values of the hyperparameters inside the network, by name.
     """
 
     model: nn.Module
@@ -95,6 +96,7 @@ class MargLikResult:
     n_iter: int
     spectrum: Spectrum
     variances: Variances
+    hyperparameters: Mapping[str, Tensor]
 
     @property
     def history(self) -> History:
@@ -146,6 +148,7 @@ class MargLikResult:
             "selected": dict(table.selected),
             "effective_dimension": table.to_dict(),
             "prior_precision": {g: float(d) for g, d in self.prior.prior_precision.items()},
+            "hyperparameters": {n: t.flatten().tolist() for n, t in self.hyperparameters.items()},
             "likelihood": {"name": type(self.likelihood).__name__, **noise},
             "diagnostics": {
                 key: None if value != value else value

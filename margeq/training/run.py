@@ -14,9 +14,10 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from margeq.accumulation import accumulate_with
+from margeq.accumulation import CurvatureState, accumulate_with
 from margeq.batches import Batch, read_batches
 from margeq.curvature.capture import forward
+from margeq.curvature.options import KfacOptions
 from margeq.errors import (
     ConfigError,
     CurvatureError,
@@ -31,6 +32,7 @@ from margeq.likelihoods import Gaussian, Likelihood
 from margeq.paths import path_prefixes, path_sums
 from margeq.priors import GaussianPrior
 from margeq.training.history import Callback, Event, History, Update
+from margeq.training.network import NetworkSteps, NetworkStepsOptions
 from margeq.training.normalisation import HeldNorms
 from margeq.training.problem import Problem
 from margeq.training.proximal import ProximalSteps, build_optimizer, build_scheduler
@@ -56,6 +58,7 @@ class Outcome:
         likelihood: noise and temperature.
         spectrum: eigenvalues at the best state.
         history: of the whole run.
+        hyperparameters: values of the hyperparameters inside the network.
         error: why the run failed, or ``None``.
     """
 
@@ -67,6 +70,7 @@ class Outcome:
     likelihood: Likelihood
     spectrum: Spectrum | None
     history: History
+    hyperparameters: dict[str, Tensor]
     error: Exception | None = None
 
 
@@ -113,6 +117,11 @@ class _Run:
         self._steps = ProximalSteps(optimizer, weights, problem.n_data)
         self._scheduler = build_scheduler(plan.scheduler_cls, optimizer, plan.scheduler_kwargs)
         self._solver = hyper_solver(plan.hyper_solver, plan.n_hypersteps, plan.lr_hyp)
+        self._network = NetworkSteps(
+            model,
+            problem.hyperparameters,
+            NetworkStepsOptions(plan.network_gradient, plan.lr_hyp, plan.n_hypersteps),
+        )
         self._switch = PathSwitch(plan.n_updates)
         self._history = History()
         self._best: Outcome | None = None
@@ -165,7 +174,8 @@ class _Run:
     def update(self, epoch: int) -> None:
         """One curvature pass and the hyperparameter steps on it."""
         began = time.perf_counter()
-        spectrum, captured = self._curvature(epoch)
+        state = self._curvature(epoch)
+        spectrum = decompose(state)
         self._solver.refresh(spectrum, self._prior, self._likelihood)
         terms = evidence(spectrum, self._prior, self._likelihood)
         value = float(terms.total)
@@ -183,25 +193,42 @@ class _Run:
             effective={name: float(gamma) for name, gamma in gammas.items()},
             function_share=by_share,
             sigma_noise=None if noise is None else float(noise),
-            captured_trace=captured,
+            captured_trace=state.captured_trace,
             clamped=spectrum.clamped,
             seconds=time.perf_counter() - began,
+            hyperparameters={
+                name: tensor.detach().flatten().tolist()
+                for name, tensor in self._p.hyperparameters.items()
+            },
         )
         self._history.updates.append(update)
         self._keep_best(epoch, value, spectrum)
         self._emit(Event("update", {"start": self._start.name, **vars(update)}))
         if self._start.only is None and by_share:
             self._switch_paths(epoch, by_share)
+        # after the kept state was copied: the evidence of this update is that before the step
+        if epoch < self._p.schedule.n_epochs:
+            self._step_network(epoch, state)
 
-    def _curvature(self, epoch: int) -> tuple[Spectrum, float]:
+    def _step_network(self, epoch: int, state: CurvatureState) -> None:
         p = self._p
+        if p.hyperparameters and p.schedule.hyper_solver != "fixed":
+            self._network.step(
+                state, self._prior, self._likelihood, p.marglik_loader, self._draws(epoch),
+                parameters=p.parameters, batch_fn=p.batch_fn,
+            )  # fmt: skip
+
+    def _draws(self, epoch: int) -> KfacOptions:
         # other draws in every update: repeating one draw would not average out
-        options = replace(p.options, seed=crc32(f"{p.seed}:{epoch}".encode()))
+        return replace(self._p.options, seed=crc32(f"{self._p.seed}:{epoch}".encode()))
+
+    def _curvature(self, epoch: int) -> CurvatureState:
+        p = self._p
         state = accumulate_with(
             p.model,
             p.marglik_loader,
             self._likelihood,
-            options,
+            self._draws(epoch),
             parameters=p.parameters,
             batch_fn=p.batch_fn,
             cache=p.cache,
@@ -221,7 +248,7 @@ class _Run:
                 stacklevel=2,
             )
         self._checksum = state.checksum
-        return decompose(state), state.captured_trace
+        return state
 
     def _shares(self) -> dict[str, dict[str, float]]:
         p = self._p
@@ -241,7 +268,11 @@ class _Run:
             likelihood=deepcopy(self._likelihood),
             spectrum=spectrum,
             history=self._history,
+            hyperparameters=self._hyperparameters(),
         )
+
+    def _hyperparameters(self) -> dict[str, Tensor]:
+        return {name: t.detach().clone() for name, t in self._p.hyperparameters.items()}
 
     def _state(self) -> dict[str, Any]:
         return self._p.model.state_dict()
@@ -280,7 +311,7 @@ class _Run:
         """What is left of a run that failed numerically."""
         name = self._start.name
         prior, likelihood = self._prior, self._likelihood
-        return Outcome(name, -math.inf, 0, {}, prior, likelihood, None, self._history, error)
+        return Outcome(name, -math.inf, 0, {}, prior, likelihood, None, self._history, {}, error)
 
     def outcome(self) -> Outcome:
         """The best state, with its hyperparameters converged on its own curvature."""

@@ -130,6 +130,16 @@ class AdamSolver(HyperSolver):
         _write(dict(zip(names, vector.tolist(), strict=True)), prior, likelihood)
 
 
+class Fixed(HyperSolver):
+    """Hyperparameters stay as they are: plain MAP training, whose evidence is still reported."""
+
+    def refresh(self, spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood) -> None:
+        """Nothing moves."""
+
+    def converge(self, spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood) -> None:
+        """Nothing moves."""
+
+
 class Lbfgs(HyperSolver):
     """L-BFGS-B of scipy within the bounds of the log precisions.
 
@@ -260,4 +270,6 @@ def hyper_solver(name: str, steps: int, lr: float) -> HyperSolver:
         return AdamSolver(steps, lr)
     if name == "lbfgs":
         return Lbfgs(steps)
-    raise ConfigError(f"hyper_solver={name!r}: use 'mackay', 'adam' or 'lbfgs'")
+    if name == "fixed":
+        return Fixed()
+    raise ConfigError(f"hyper_solver={name!r}: use 'mackay', 'adam', 'lbfgs' or 'fixed'")

@@ -1,0 +1,251 @@
+"""Gradient of the evidence in hyperparameters inside the network, with one batch in memory.
+
+Two phases: differentiate the evidence in the curvature sums (which are already there), then visit
+the batches again, with graph, and back-propagate those cotangents,
+
+    d log p(D) / d eta = sum_batches < d log p / d sums, d sums_batch / d eta >,
+
+at fixed weights. With the exact root it equals full double back-propagation through the pass.
+(van der Ouderaa & van der Wilk 2022; Immer et al. 2022, here with every scaling in the cotangent.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from margeq.accumulation import CurvatureState, weights_with_rules
+from margeq.batches import Batch, read_batches
+from margeq.curvature.capture import Use, backpropagate, eval_mode, forward, record
+from margeq.curvature.factors import FactorSums
+from margeq.curvature.forms import BlockCurvature
+from margeq.curvature.options import KfacOptions
+from margeq.curvature.roots import Root, SketchedRoot
+from margeq.curvature.sampling import reseeded, sample_keys
+from margeq.errors import ConfigError
+from margeq.laplace import log_marginal_likelihood
+from margeq.likelihoods import Likelihood
+from margeq.linalg import accumulation_dtype
+from margeq.parameters import log_hyperprior
+from margeq.priors import GaussianPrior
+
+__all__ = ["Revisit", "network_gradient", "thawed"]
+
+
+@dataclass(frozen=True)
+class Revisit:
+    """How the second phase visits the data.
+
+    Attributes:
+        sketched: one random column per datum instead of all of them; unbiased.
+        share: of the batches that are visited; their sum is scaled up, unbiased.
+        seed: of the signs and of the choice of batches.
+
+    Raises:
+        ConfigError: for a share outside (0, 1].
+    """
+
+    sketched: bool = False
+    share: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.share <= 1.0:
+            raise ConfigError(f"share={self.share} of the batches must lie in (0, 1]")
+
+    def chosen(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Every so-manieth batch, beginning with one that depends on the seed."""
+        every = max(1, round(1.0 / self.share))
+        for batch in batches:
+            if batch.index % every == self.seed % every:
+                yield batch
+
+
+@dataclass(frozen=True)
+class _Cotangents:
+    """Derivative of the evidence in each sum of the curvature state."""
+
+    grad_cov: Mapping[str, Tensor]
+    input_cov: Mapping[str, Tensor]
+    fit: Tensor
+
+
+def network_gradient(
+    model: nn.Module,
+    loader: Iterable[Any],
+    state: CurvatureState,
+    prior: GaussianPrior,
+    likelihood: Likelihood,
+    hyperparameters: Mapping[str, Tensor],
+    options: KfacOptions,
+    *,
+    revisit: Revisit = Revisit(),
+    parameters: str | Sequence[str] = "all",
+    batch_fn: Callable[[Any], tuple[Any, Any]] | None = None,
+) -> dict[str, Tensor]:
+    """Gradient of the log evidence in tensors that the network's output depends on.
+
+    The weights are held fixed. One batch is in memory at a time.
+
+    Args:
+        model: left as it is.
+        loader: the data behind ``state``.
+        state: curvature sums at the model's present weights and hyperparameters.
+        prior: precisions.
+        likelihood: noise and temperature.
+        hyperparameters: leaf tensors by name; those that nothing depends on get zeros.
+        options: those of the pass behind ``state``.
+        revisit: all of the data, or an unbiased estimate from some of them.
+        parameters: as in :func:`margeq.named_weights`.
+        batch_fn: turns a batch into ``(inputs, targets)``.
+
+    Returns:
+        Name -> gradient, in nats per unit.
+
+    Raises:
+        ConfigError: for a curvature without Kronecker factors.
+        DataError: if the loader has no batch left to visit.
+    """
+    if state.flavour.curvature != "kfac":
+        raise ConfigError(
+            f"curvature={state.flavour.curvature!r}: hyperparameters inside the network need the "
+            f"Kronecker factors of curvature='kfac'"
+        )
+    weights = weights_with_rules(model, parameters, options)
+    device = next(model.parameters()).device
+    with eval_mode(model), thawed(hyperparameters), torch.enable_grad():
+        visitor = _Visitor(
+            model, weights, likelihood, options, revisit,
+            _cotangents(state, prior, likelihood), hyperparameters,
+        )  # fmt: skip
+        for batch in revisit.chosen(read_batches(loader, device, batch_fn)):
+            visitor.add(batch)
+        visitor.rescale(state.n_data)
+        visitor.add_hyperprior()
+    return visitor.total
+
+
+@contextmanager
+def thawed(hyperparameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Hyperparameters require gradients while the context is open, as before afterwards."""
+    flags = {name: tensor.requires_grad for name, tensor in hyperparameters.items()}
+    try:
+        for tensor in hyperparameters.values():
+            tensor.requires_grad_(True)
+        yield
+    finally:
+        for name, tensor in hyperparameters.items():
+            tensor.requires_grad_(flags[name])
+
+
+def _cotangents(state: CurvatureState, prior: GaussianPrior, likelihood: Likelihood) -> _Cotangents:
+    leaves = {
+        name: replace(
+            kron,
+            grad_cov=kron.grad_cov.detach().requires_grad_(True),
+            input_cov=kron.input_cov.detach().requires_grad_(True),
+        )
+        for name, kron in state.kron.items()
+    }
+    fit = state.fit.detach().requires_grad_(True)
+    moving = replace(state, curvature=BlockCurvature(leaves), fit=fit)
+    value = log_marginal_likelihood(moving, prior, likelihood)
+    wanted = [fit, *(t for kron in leaves.values() for t in (kron.grad_cov, kron.input_cov))]
+    grads = torch.autograd.grad(value, wanted)
+    pairs = dict(zip(leaves, zip(grads[1::2], grads[2::2], strict=True), strict=True))
+    return _Cotangents(
+        {name: pair[0] for name, pair in pairs.items()},
+        {name: pair[1] for name, pair in pairs.items()},
+        grads[0],
+    )
+
+
+class _Visitor:
+    """Sums of the second phase, batch by batch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, nn.Parameter],
+        likelihood: Likelihood,
+        options: KfacOptions,
+        revisit: Revisit,
+        cotangents: _Cotangents,
+        hyperparameters: Mapping[str, Tensor],
+    ) -> None:
+        self._model, self._weights, self._likelihood = model, weights, likelihood
+        self._options, self._revisit, self._cotangents = options, revisit, cotangents
+        self._names, self._leaves = list(hyperparameters), list(hyperparameters.values())
+        self.total = {name: torch.zeros_like(leaf) for name, leaf in hyperparameters.items()}
+        self._seen = 0
+
+    def add(self, batch: Batch) -> None:
+        """Fit term and input factors of one batch, then one backward pass per column."""
+        keys = sample_keys(batch.inputs)
+        with record(self._model, self._weights, keep_graph=True) as uses:
+            outputs = forward(self._model, batch.inputs)
+        targets = self._likelihood.check_targets(outputs, batch.targets)
+        sums = FactorSums(self._weights, self._options, differentiable=True)
+        sums.add_inputs(uses, batch.inputs, reseeded(keys, self._options.seed))
+        surrogate = (self._likelihood.fit(outputs, targets) * self._cotangents.fit).sum()
+        surrogate = surrogate + _inner(sums.input_covs(), self._cotangents.input_cov, surrogate)
+        root = self._root(outputs, keys)
+        everyone = torch.arange(len(batch), device=outputs.device)
+        for v in range(root.n_columns):
+            column = root.columns(everyone, torch.full_like(everyone, v))
+            # cut here, so that the way from the outputs back to the leaves is gone only once
+            leaf = column.detach().requires_grad_(True)
+            surrogate = surrogate + (column * self._column(sums, outputs, uses, leaf)).sum()
+        self._pull(surrogate)
+        self._seen += len(batch)
+
+    def _column(
+        self, sums: FactorSums, outputs: Tensor, uses: Sequence[Use], column: Tensor
+    ) -> Tensor:
+        """Derivative in one column of the root; what reaches the leaves directly is added."""
+        grads = backpropagate(outputs, uses, column.reshape(outputs.shape), create_graph=True)
+        sums.add_gradients(uses, grads)
+        value = _inner(sums.take_grad_covs(), self._cotangents.grad_cov, column)
+        by_column = self._pull(value, column)
+        return torch.zeros_like(column) if by_column is None else by_column
+
+    def _root(self, outputs: Tensor, keys: Tensor) -> Root:
+        root = self._likelihood.root(outputs)
+        if self._revisit.sketched and root.n_columns > 1:
+            return SketchedRoot(root, reseeded(keys, self._revisit.seed), 1)
+        return root
+
+    def _pull(self, value: Tensor, *further: Tensor) -> Tensor | None:
+        """Add the gradient in all leaves; return that in one further tensor."""
+        if not value.requires_grad:
+            return None
+        grads = torch.autograd.grad(
+            value, [*self._leaves, *further], retain_graph=True, allow_unused=True
+        )
+        for name, grad in zip(self._names, grads, strict=False):
+            if grad is not None:
+                self.total[name] += grad
+        return grads[-1] if further else None
+
+    def rescale(self, n_data: int) -> None:
+        """Scale the sum over the visited data up to all of them."""
+        if not self._seen:
+            raise ConfigError("no batch was visited; raise the share of batches, or pass a list")
+        for name in self._names:
+            self.total[name] *= n_data / self._seen
+
+    def add_hyperprior(self) -> None:
+        """The penalty of the hyperparameters themselves, once."""
+        self._pull(log_hyperprior(self._model))
+
+
+def _inner(covs: Mapping[str, Tensor], cotangents: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    total = torch.zeros((), dtype=accumulation_dtype(like.device), device=like.device)
+    for name, cov in covs.items():
+        total = total + (cov * cotangents[name]).sum()
+    return total

@@ -1,0 +1,123 @@
+"""Spatial bases: few anchors and a lengthscale span the filters of sparsified layers.
+
+    Psi(l) = (K_ZZ + nu^2 I)^-1 K_Z,grid                        (ELLA eq. 6, GP-regression mean)
+
+so that ``w = u Psi`` is the smooth filter with values about ``u`` at the anchors ``Z``. Positions
+are in pixels, with the origin in the middle of the filter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from margeq.errors import ConfigError
+
+__all__ = ["Anchors", "Kernel", "grid", "interpolation", "place_anchors"]
+
+Kernel = Literal["rbf", "exponential"]
+Anchors = str | int | float | Tensor
+
+NOISE = 0.01
+"""``nu``: how far, in units of the signal, a filter may miss the values at its anchors."""
+
+
+def grid(shape: Sequence[int]) -> Tensor:
+    """Positions of all pixels of a filter, row-major, centred.
+
+    Args:
+        shape: extents of the filter.
+
+    Returns:
+        ``[X, d]`` float64, from ``-(k - 1) / 2`` to ``(k - 1) / 2`` along each axis.
+
+    Example:
+        >>> grid((1, 3)).tolist()
+        [[0.0, -1.0], [0.0, 0.0], [0.0, 1.0]]
+    """
+    axes = [torch.arange(k, dtype=torch.float64) - (k - 1) / 2 for k in shape]
+    return torch.cartesian_prod(*axes).reshape(-1, len(axes))
+
+
+def place_anchors(anchors: Anchors, shape: Sequence[int], seed: int = 0) -> Tensor:
+    """Anchor positions: on the grid, at random, or as given.
+
+    Args:
+        anchors: ``"grid"``; a share in (0, 1] of the pixels (rounded up, ELLA F.4) or a number
+            of anchors, both uniformly at random over the filter; or positions ``[M, d]``.
+        shape: extents of the filter.
+        seed: of the random positions.
+
+    Returns:
+        ``[M, d]`` float64, in pixels.
+
+    Raises:
+        ConfigError: for anything else.
+
+    Example:
+        >>> place_anchors(0.5, (3, 3)).shape
+        torch.Size([5, 2])
+    """
+    if isinstance(anchors, Tensor):
+        if anchors.ndim != 2 or anchors.shape[1] != len(shape) or not len(anchors):
+            raise ConfigError(
+                f"anchors of shape {tuple(anchors.shape)}: use [M, {len(shape)}] positions"
+            )
+        return anchors.detach().double().cpu().clone()
+    if anchors == "grid":
+        return grid(shape)
+    count = _count(anchors, math.prod(shape))
+    half = torch.tensor([(k - 1) / 2 for k in shape], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.rand(count, len(shape), generator=generator, dtype=torch.float64, device="cpu")
+    return (2.0 * draws - 1.0) * half
+
+
+def _count(anchors: str | float, n_pixels: int) -> int:
+    if isinstance(anchors, float) and 0.0 < anchors <= 1.0:
+        return max(1, math.ceil(anchors * n_pixels))
+    if isinstance(anchors, int) and not isinstance(anchors, bool) and anchors > 0:
+        return anchors
+    raise ConfigError(
+        f"anchors={anchors!r}: use 'grid', a share in (0, 1], a positive integer, or positions"
+    )
+
+
+def interpolation(
+    pixels: Tensor, anchors: Tensor, log_lengthscale: Tensor, kernel: Kernel = "rbf"
+) -> Tensor:
+    """The regression mean from values at anchors to all pixels (ELLA eq. 6).
+
+        Psi = (K_ZZ + nu^2 I)^-1 K_Z,grid
+        rbf: k(a, b) = exp(-|a - b|^2 / (2 l^2)),   exponential: k(a, b) = exp(-|a - b| / l)
+
+    Differentiable in lengthscales and anchors.
+
+    Args:
+        pixels: ``[X, d]``.
+        anchors: ``[M, d]``.
+        log_lengthscale: ``[G]``, logarithm of pixels; one basis for each.
+        kernel: ``"rbf"`` or ``"exponential"``.
+
+    Returns:
+        ``[G, M, X]``.
+    """
+    inverse = (-log_lengthscale).exp()[:, None, None]
+    gram = _correlation(anchors, anchors, inverse, kernel)
+    eye = torch.eye(len(anchors), dtype=gram.dtype, device=gram.device)
+    factor = torch.linalg.cholesky(gram + NOISE**2 * eye)
+    return torch.cholesky_solve(_correlation(anchors, pixels, inverse, kernel), factor)
+
+
+def _correlation(a: Tensor, b: Tensor, inverse_lengthscale: Tensor, kernel: Kernel) -> Tensor:
+    squares = (a[:, None] - b[None]).square().sum(-1) * inverse_lengthscale.square()
+    if kernel == "rbf":
+        return (-0.5 * squares).exp()
+    # the root has no derivative at zero, where the distance is the same for every lengthscale
+    positive = squares > 0
+    distance = torch.where(positive, torch.where(positive, squares, 1.0).sqrt(), 0.0)
+    return (-distance).exp()

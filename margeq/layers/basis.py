@@ -1,0 +1,152 @@
+"""The fixed basis in front of, or behind, the plain map of a sparsified layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from margeq.bases import Anchors, Kernel, grid, interpolation, place_anchors
+from margeq.errors import ConfigError
+from margeq.linalg import accumulation_dtype
+
+__all__ = ["AnchorBasis", "lengthscale_penalty"]
+
+_LOG_RANGE = math.log(1e4)
+
+
+class AnchorBasis(nn.Module):
+    """``Psi(l) [G, M, X]``: filters over ``X`` pixels from values at ``M`` anchors (ELLA eq. 6).
+
+    Its lengthscales, and its anchors if they are learned, are hyperparameters: the evidence
+    moves them, the training loss never does. A small lengthscale leaves the pixels independent,
+    an infinite one makes filters constant.
+
+    Args:
+        shape: extents of the filter, ``X`` pixels.
+        anchors: see :func:`margeq.bases.place_anchors`.
+        learn_anchors: whether the evidence moves the anchors too.
+        kernel: ``"rbf"``, ``"exponential"``, or ``"identity"`` for one free value per pixel.
+        lengthscale: initial value, in pixels.
+        n_filters: ``G``, number of lengthscales.
+        lengthscale_spread: standard deviation of the normal prior of ``log l`` around its initial
+            value, a penalty in the evidence; ``None`` for no penalty.
+        seed: of randomly placed anchors.
+
+    Raises:
+        ConfigError: for an argument out of range.
+    """
+
+    hyperparameter_names: ClassVar[tuple[str, ...]] = ("log_lengthscale", "anchors")
+    anchors: Tensor
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        anchors: Anchors = 0.5,
+        learn_anchors: bool = False,
+        kernel: Kernel | str = "rbf",
+        lengthscale: float = 1.0,
+        n_filters: int = 1,
+        lengthscale_spread: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("lengthscale", lengthscale), ("spread", lengthscale_spread or 1.0)):
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name}={value!r} must be positive and finite")
+        known = (*get_args(Kernel), "identity")
+        if kernel not in known:
+            raise ConfigError(f"basis={kernel!r}: use one of {known}")
+        self.kernel, self.n_filters = kernel, n_filters
+        self.lengthscale_spread = lengthscale_spread
+        dtype = torch.get_default_dtype()
+        self.pixels = nn.Buffer(grid(shape).to(dtype), persistent=False)
+        positions = place_anchors(anchors, shape, seed).to(dtype)
+        self._log_center = math.log(lengthscale)
+        if kernel == "identity":
+            if anchors != "grid" or learn_anchors:
+                raise ConfigError("basis='identity' needs anchors='grid', which do not move")
+            self.register_parameter("log_lengthscale", None)
+        else:
+            logs = torch.full((n_filters,), self._log_center, dtype=dtype)
+            self.log_lengthscale = nn.Parameter(logs)
+        self.anchors = nn.Parameter(positions) if learn_anchors else nn.Buffer(positions)
+
+    @property
+    def n_anchors(self) -> int:
+        """``M``."""
+        return len(self.anchors)
+
+    @property
+    def lengthscale(self) -> Tensor:
+        """Lengthscales in pixels ``[G]``; of the identity basis, zeros."""
+        if self.log_lengthscale is None:
+            return self.anchors.new_zeros(self.n_filters)
+        return self.log_lengthscale.exp()
+
+    def forward(self, log_lengthscale: Tensor | None = None) -> Tensor:
+        """``Psi [G, M, X]``, at other lengthscales than the present ones if asked."""
+        logs = self.log_lengthscale if log_lengthscale is None else log_lengthscale
+        if logs is None:
+            eye = torch.eye(self.n_anchors, dtype=self.anchors.dtype, device=self.anchors.device)
+            return eye.expand(self.n_filters, -1, -1)
+        wide = accumulation_dtype(logs.device)
+        # beyond these bounds the filters no longer change, within them every entry is finite
+        low, high = self._log_center - _LOG_RANGE, self._log_center + _LOG_RANGE
+        bounded = logs.to(wide).clamp(low, high)
+        kernel = cast(Kernel, self.kernel)
+        psi = interpolation(self.pixels.to(wide), self.anchors.to(wide), bounded, kernel)
+        return psi.to(self.anchors.dtype if log_lengthscale is None else wide)
+
+    def square_norm(self) -> float:
+        """``|Psi|^2`` of one filter: the output variance of unit weights on white pixels."""
+        return float(self.forward().detach().square().sum()) / self.n_filters
+
+    def fit(self, filters: Tensor) -> Tensor:
+        """Values at the anchors whose filters come closest to some filters, by least squares.
+
+        Args:
+            filters: ``[G, ..., X]``.
+
+        Returns:
+            ``[G, ..., M]``.
+        """
+        wide = accumulation_dtype(filters.device)
+        psi = self.forward().detach().to(wide)
+        flat = filters.detach().to(wide).reshape(len(filters), -1, filters.shape[-1])
+        return (flat @ torch.linalg.pinv(psi)).reshape(*filters.shape[:-1], -1).to(filters.dtype)
+
+    def log_hyperprior(self, log_lengthscale: Tensor | None = None) -> Tensor:
+        """Penalty of the lengthscales in the evidence, in nats; of other ones if asked."""
+        logs = self.log_lengthscale if log_lengthscale is None else log_lengthscale
+        if self.lengthscale_spread is None or logs is None:
+            return self.anchors.new_zeros(())
+        scaled = (logs - self._log_center) / self.lengthscale_spread
+        return -0.5 * scaled.square().sum()
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(model)``."""
+        return f"{self.kernel!r}, n_anchors={self.n_anchors}, n_pixels={len(self.pixels)}" + (
+            f", n_filters={self.n_filters}" if self.n_filters > 1 else ""
+        )
+
+
+def lengthscale_penalty(spread: float | str | None, per_filter: bool) -> float | None:
+    """The spread that ``"auto"`` means: 1 for lengthscales per filter, no penalty for a shared one.
+
+    Returns:
+        A standard deviation of the log lengthscale, or ``None``.
+
+    Raises:
+        ConfigError: for another word.
+    """
+    if not isinstance(spread, str):
+        return spread
+    if spread != "auto":
+        raise ConfigError(f"lengthscale_spread={spread!r}: use 'auto', None or a number")
+    return 1.0 if per_filter else None

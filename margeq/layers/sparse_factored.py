@@ -1,0 +1,213 @@
+"""Sparsified factored fully connected path (S-FC, ELLA eq. 7): both factors from few anchors.
+
+The chain rule puts one basis in front of a plain factored map and one behind it, so the curvature
+is that of the map between anchors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from margeq.bases import Anchors
+from margeq.curvature.io import (
+    InputRows,
+    PositionSampler,
+    Rule,
+    bias_rows,
+    register_split_rule,
+)
+from margeq.layers.basis import AnchorBasis, lengthscale_penalty
+from margeq.layers.factored import FactoredLinear2d
+from margeq.layers.maps import MapLayer, Shape
+
+__all__ = ["SparseFactoredLinear2d"]
+
+
+class SparseFactoredLinear2d(MapLayer):
+    """Sparsified factored fully connected map (S-FC, ELLA eq. 7).
+
+        h[n,d,c] = sum_m U[d,c,m] (Psi_U x)[n,c,m] + bU[d]
+        y[n,d,y] = sum_m Psi_V[m,y] sum_c V[m,d,c] h[n,d,c]
+
+    Computed as project, factored map between anchors, project: no weight of the size of the maps
+    is ever formed.
+
+    Args:
+        in_channels: ``C``.
+        out_channels: ``D``.
+        in_shape: spatial size of the input map, ``X`` positions.
+        out_shape: spatial size of the output map, ``Y`` positions.
+        bias: ``bU [D]``.
+        anchors: as in :class:`SparseConv2d`; positions ``[M, d]`` need a pair (input, output).
+        learn_anchors: as there, like the next five.
+        basis: see there.
+        lengthscale: see there.
+        per_filter: one lengthscale per output channel, in each factor.
+        lengthscale_spread: see there.
+        seed: see there.
+
+    Shapes:
+        ``[n, C, *in_shape] -> [n, D, *out_shape]``; ``weight_u [D, C, M_u]``,
+        ``weight_v [M_v, D, C]``.
+
+    Raises:
+        ConfigError: if an argument is out of range.
+        DataError: if an input has another shape.
+    """
+
+    first_factors: ClassVar[tuple[str, ...]] = ("weight_u", "bias_u")
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        in_shape: int | Shape,
+        out_shape: int | Shape,
+        bias: bool = True,
+        *,
+        anchors: Anchors | tuple[Anchors, Anchors] = 0.5,
+        learn_anchors: bool = False,
+        basis: str = "rbf",
+        lengthscale: float = 1.0,
+        per_filter: bool = False,
+        lengthscale_spread: float | str | None = "auto",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(in_channels, out_channels, in_shape, out_shape)
+        anchors_u, anchors_v = anchors if isinstance(anchors, tuple) else (anchors, anchors)
+        options: dict[str, Any] = {
+            "learn_anchors": learn_anchors,
+            "kernel": basis,
+            "lengthscale": lengthscale,
+            "n_filters": out_channels if per_filter else 1,
+            "lengthscale_spread": lengthscale_penalty(lengthscale_spread, per_filter),
+        }
+        self.basis_u = AnchorBasis(self.in_shape, anchors=anchors_u, seed=2 * seed, **options)
+        self.basis_v = AnchorBasis(self.out_shape, anchors=anchors_v, seed=2 * seed + 1, **options)
+        self.weight_u = nn.Parameter(torch.empty(out_channels, in_channels, self.basis_u.n_anchors))
+        self.weight_v = nn.Parameter(torch.empty(self.basis_v.n_anchors, out_channels, in_channels))
+        self.bias_u = nn.Parameter(torch.empty(out_channels)) if bias else None
+        self.reset_parameters()
+
+    @classmethod
+    def from_factored(cls, dense: FactoredLinear2d, **options: Any) -> SparseFactoredLinear2d:
+        """The sparsified layer whose factors come closest to those of a factored one.
+
+        A bias per output position (``bV``) has no counterpart and is dropped.
+
+        Args:
+            dense: a factored layer, left as it is.
+            **options: anchors, basis, lengthscale, ... of the new layer.
+
+        Returns:
+            A new layer on the same device, in the same dtype.
+        """
+        layer = cls(
+            dense.in_channels, dense.out_channels, tuple(dense.in_shape), tuple(dense.out_shape),
+            dense.bias_u is not None, **options,
+        ).to(dense.weight_u)  # fmt: skip
+        with torch.no_grad():
+            layer.weight_u.copy_(_fitted(layer.basis_u, dense.weight_u))
+            by_output = _fitted(layer.basis_v, dense.weight_v.permute(1, 2, 0))
+            layer.weight_v.copy_(by_output.permute(2, 0, 1))
+            if dense.bias_u is not None and layer.bias_u is not None:
+                layer.bias_u.copy_(dense.bias_u)
+        return layer
+
+    @property
+    def span_dimension(self) -> int:
+        """Dimension of the linear span of all maps it can represent."""
+        return self.weight_u.numel() * len(self.weight_v)
+
+    def reset_parameters(self) -> None:
+        """Normal factors under which each has unit gain, zero biases."""
+        for name in ("weight_u", "weight_v"):
+            with torch.no_grad():
+                getattr(self, name).normal_(0.0, self.fan_in(name) ** -0.5)
+        if self.bias_u is not None:
+            nn.init.zeros_(self.bias_u)
+
+    def fan_in(self, name: str) -> float:
+        """Output variance of unit-variance weights on white inputs: the function scale."""
+        if name == "weight_u":
+            return self.basis_u.square_norm()
+        return self.in_channels * self.basis_v.square_norm() / self.out_shape.numel()
+
+    def bases(self) -> dict[str, tuple[str, AnchorBasis]]:
+        """Weight -> on which side of it a basis stands, and that basis."""
+        return {"weight_u": ("input", self.basis_u), "weight_v": ("output", self.basis_v)}
+
+    def projected(self, x: Tensor) -> Tensor:
+        """The input at the anchors, ``[n, G, c, m]``; ``G`` is 1 or ``D``."""
+        maps = x.reshape(len(x), self.in_channels, -1)
+        return torch.einsum("ncx,gmx->ngcm", maps, self.basis_u().to(x.dtype))
+
+    def hidden(self, projected: Tensor) -> Tensor:
+        """The bottleneck ``h[n, d, c]`` from the input at the anchors."""
+        rows = projected.expand(-1, self.out_channels, -1, -1)
+        h = torch.einsum("ndcm,dcm->ndc", rows, self.weight_u)
+        return h if self.bias_u is None else h + self.bias_u[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[n, C, *in_shape]`` to ``[n, D, *out_shape]``."""
+        self.check_input(x)
+        values = torch.einsum("ndc,mdc->ndm", self.hidden(self.projected(x)), self.weight_v)
+        y = torch.einsum("ndm,dmy->ndy", values, self.basis_v_per_output(x))
+        return y.reshape(len(x), self.out_channels, *self.out_shape)
+
+    def basis_v_per_output(self, like: Tensor) -> Tensor:
+        """``Psi_V [D, M_v, Y]`` in the dtype of ``like``."""
+        return self.basis_v().to(like.dtype).expand(self.out_channels, -1, -1)
+
+    def induced_weight(self) -> Tensor:
+        """The map as a matrix ``[D * Y, C * X]``; materialised, for reports and tests."""
+        psi_u = self.basis_u().expand(self.out_channels, -1, -1)
+        u = torch.einsum("dcm,dmx->dcx", self.weight_u, psi_u)
+        v = torch.einsum("mdc,dmy->dyc", self.weight_v, self.basis_v_per_output(u))
+        return torch.einsum("dyc,dcx->dycx", v, u).flatten(2).flatten(0, 1)
+
+
+def _fitted(basis: AnchorBasis, filters: Tensor) -> Tensor:
+    """Least-squares values ``[D, ..., M]`` for filters ``[D, ..., X]``."""
+    if basis.n_filters > 1:
+        return basis.fit(filters)
+    return basis.fit(filters[None])[0]
+
+
+def _inputs(
+    layer: SparseFactoredLinear2d, x: Tensor, sampler: PositionSampler
+) -> Mapping[str, InputRows]:
+    projected = layer.projected(x)
+    hidden = layer.hidden(projected)[:, None]
+    found = {
+        "weight_u": _first_factor_rows(layer, projected),
+        "weight_v": InputRows(hidden, 1),
+    }
+    if layer.bias_u is not None:
+        found["bias_u"] = bias_rows(len(x), layer.in_channels, 1, x)
+    return found
+
+
+def _first_factor_rows(layer: SparseFactoredLinear2d, projected: Tensor) -> InputRows:
+    if layer.basis_u.n_filters > 1:
+        return InputRows(projected.flatten(1, 2)[:, None], 1, "boi")
+    return InputRows(projected, 1)
+
+
+def _grads(layer: SparseFactoredLinear2d, x: Tensor, grad_y: Tensor) -> Mapping[str, Tensor]:
+    grads = grad_y.reshape(*grad_y.shape[:3], -1)
+    grad_v = torch.einsum("vndy,dmy->vndm", grads, layer.basis_v_per_output(grads))[:, :, None]
+    grad_u = torch.einsum("vntdm,mdc->vntcd", grad_v, layer.weight_v)
+    own = layer.basis_u.n_filters > 1
+    return {
+        "weight_u": grad_u.transpose(3, 4).flatten(3)[..., None] if own else grad_u,
+        "bias_u": grad_u.transpose(2, 3),
+        "weight_v": grad_v,
+    }
+
+
+register_split_rule(SparseFactoredLinear2d, rule=Rule(_inputs, _grads))

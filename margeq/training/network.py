@@ -1,0 +1,226 @@
+"""Evidence steps on hyperparameters inside the network; the training loss never sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from margeq.accumulation import CurvatureState
+from margeq.adjoint import Revisit, network_gradient, thawed
+from margeq.closed_form import (
+    FixedFilters,
+    closed_form_gradient,
+    factor_cotangent,
+    fixed_filters,
+    moved,
+)
+from margeq.curvature.capture import eval_mode, forward
+from margeq.curvature.options import KfacOptions
+from margeq.errors import ConfigError, NonFiniteError
+from margeq.likelihoods import Likelihood
+from margeq.parameters import named_hyperparameters
+from margeq.priors import GaussianPrior
+
+__all__ = [
+    "NetworkSteps",
+    "NetworkStepsOptions",
+    "collect_hyperparameters",
+    "frozen",
+    "require_influence",
+]
+
+_METHODS = ("auto", "exact", "sketched", "closed-form")
+_SKETCH = Revisit(sketched=True, share=0.1)
+
+
+def collect_hyperparameters(model: nn.Module, further: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What layers declare, and any leaf tensor of the caller's.
+
+    Args:
+        model: any module tree.
+        further: parameters of the model, or other tensors that its output depends on.
+
+    Returns:
+        Name -> tensor; tensors outside the model are called ``hyperparameters[i]``.
+
+    Raises:
+        ConfigError: for something that is no floating-point leaf tensor.
+    """
+    found: dict[str, Tensor] = dict(named_hyperparameters(model))
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    if isinstance(further, Tensor):
+        raise ConfigError("hyperparameters is a tensor; pass a list of tensors")
+    for index, tensor in enumerate(further):
+        if not (isinstance(tensor, Tensor) and tensor.is_leaf and tensor.is_floating_point()):
+            raise ConfigError(
+                f"hyperparameters[{index}] is no floating-point leaf tensor; pass nn.Parameters, "
+                f"or tensors that were not computed from others"
+            )
+        if all(tensor is not other for other in found.values()):
+            found[name_of.get(id(tensor), f"hyperparameters[{index}]")] = tensor
+    return found
+
+
+@contextmanager
+def frozen(hyperparameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """No gradient of any loss reaches the hyperparameters while the context is open."""
+    flags = {name: tensor.requires_grad for name, tensor in hyperparameters.items()}
+    for tensor in hyperparameters.values():
+        tensor.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for name, tensor in hyperparameters.items():
+            tensor.requires_grad_(flags[name])
+
+
+def require_influence(model: nn.Module, hyperparameters: Mapping[str, Tensor], inputs: Any) -> None:
+    """Check that the model's output depends on each hyperparameter.
+
+    Raises:
+        ConfigError: naming the first one that it does not depend on.
+    """
+    if not hyperparameters:
+        return
+    with eval_mode(model), thawed(hyperparameters), torch.enable_grad():
+        outputs = forward(model, inputs)
+        grads: Sequence[Tensor | None] = [None] * len(hyperparameters)
+        if outputs.requires_grad:
+            leaves = list(hyperparameters.values())
+            grads = torch.autograd.grad(outputs.sum(), leaves, allow_unused=True)
+    for name, grad in zip(hyperparameters, grads, strict=True):
+        if grad is None:
+            raise ConfigError(
+                f"the model's output does not depend on {name!r}; hyperparameters must take part "
+                f"in the forward pass, undetached (freeze a declared one with "
+                f"requires_grad_(False) to keep it as it is)"
+            )
+
+
+@dataclass(frozen=True)
+class NetworkStepsOptions:
+    """How the gradient inside the network is found, and how far a step goes.
+
+    Attributes:
+        method: ``"exact"`` (two-phase pass over all data), ``"sketched"`` (one random column on a
+            tenth of the batches), ``"closed-form"`` (at fixed filters, no pass at all),
+            ``"auto"`` (closed form where it exists, sketched for the rest), or a ``Revisit``.
+        lr: step size of Adam.
+        n_steps: steps per update of the closed form; the others take one.
+
+    Raises:
+        ConfigError: for an unknown method.
+    """
+
+    method: str | Revisit
+    lr: float
+    n_steps: int
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.method, Revisit) or self.method in _METHODS):
+            raise ConfigError(f"network_gradient={self.method!r}: use one of {_METHODS}")
+
+    @property
+    def revisit(self) -> Revisit:
+        """How the batches are visited for what has no closed form."""
+        if isinstance(self.method, Revisit):
+            return self.method
+        return Revisit() if self.method == "exact" else _SKETCH
+
+    @property
+    def prefers_closed_form(self) -> bool:
+        """Whether lengthscales with an invertible basis move at fixed filters."""
+        return self.method in ("auto", "closed-form")
+
+
+class NetworkSteps:
+    """Climbs the evidence in hyperparameters inside the network, one update at a time.
+
+    Args:
+        model: in place.
+        hyperparameters: by name.
+        options: see there.
+
+    Raises:
+        ConfigError: if only the closed form is allowed and one of them has none.
+    """
+
+    def __init__(
+        self, model: nn.Module, hyperparameters: Mapping[str, Tensor], options: NetworkStepsOptions
+    ) -> None:
+        self._model, self._options = model, options
+        self._fixed: list[FixedFilters] = []
+        if options.prefers_closed_form:
+            self._fixed = fixed_filters(model, hyperparameters)
+        closed = {candidate.hyperparameter for candidate in self._fixed}
+        self._visited = {n: t for n, t in hyperparameters.items() if n not in closed}
+        if options.method == "closed-form" and self._visited:
+            raise ConfigError(
+                f"network_gradient='closed-form': {sorted(self._visited)} have none (it needs as "
+                f"many anchors as pixels, anchors='grid'); use 'auto', 'exact' or 'sketched'"
+            )
+        self._adam = {
+            name: torch.optim.Adam([tensor], lr=options.lr, maximize=True)
+            for name, tensor in hyperparameters.items()
+        }
+
+    def step(
+        self,
+        state: CurvatureState,
+        prior: GaussianPrior,
+        likelihood: Likelihood,
+        loader: Iterable[Any],
+        curvature: KfacOptions,
+        *,
+        parameters: str | Sequence[str],
+        batch_fn: Callable[[Any], tuple[Any, Any]] | None,
+    ) -> None:
+        """Move the hyperparameters, and weights whose filters are held.
+
+        Raises:
+            NonFiniteError: naming a hyperparameter whose gradient is not finite.
+        """
+        if self._visited:
+            # other signs and other batches in every update
+            revisit = replace(self._options.revisit, seed=curvature.seed)
+            grads = network_gradient(
+                self._model, loader, state, prior, likelihood, self._visited, curvature,
+                revisit=revisit, parameters=parameters, batch_fn=batch_fn,
+            )  # fmt: skip
+            for name, grad in grads.items():
+                self._ascend(name, self._visited[name], grad)
+        for candidate in self._fixed:
+            self._move_filters_fixed(candidate, state, prior, likelihood)
+
+    def _move_filters_fixed(
+        self,
+        candidate: FixedFilters,
+        state: CurvatureState,
+        prior: GaussianPrior,
+        likelihood: Likelihood,
+    ) -> None:
+        logs = candidate.basis.log_lengthscale
+        assert logs is not None
+        for _ in range(self._options.n_steps):
+            kron = state.kron[candidate.weight]
+            cotangent = factor_cotangent(candidate, kron, prior, likelihood)
+            grad = closed_form_gradient(candidate, kron, cotangent, prior)
+            before = logs.detach().clone()
+            self._ascend(candidate.hyperparameter, logs, grad)
+            after = logs.detach().clone()
+            logs.data.copy_(before)
+            state = moved(candidate, state, after)
+            if not candidate.is_invertible:
+                return
+
+    def _ascend(self, name: str, tensor: Tensor, gradient: Tensor) -> None:
+        if not torch.isfinite(gradient).all():
+            raise NonFiniteError(f"the evidence gradient of {name!r} is not finite; lower lr_hyp")
+        tensor.grad = gradient.to(tensor)
+        self._adam[name].step()
+        tensor.grad = None
