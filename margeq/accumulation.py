@@ -1,4 +1,4 @@
-"""One pass over the data: un-normalised Kronecker factors, fit term and counts.
+"""One pass over the data: un-normalised curvature sums, fit term and counts.
 
 Everything in a :class:`CurvatureState` is a plain sum over data, so batch splits, parallel ranks
 and resumed passes add up exactly; eigenvalues and logarithms come later.
@@ -7,7 +7,7 @@ and resumed passes add up exactly; eigenvalues and logarithms come later.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,10 @@ from margeq.curvature.capture import (
     require_batch_axis,
     require_rules,
 )
+from margeq.curvature.eigen import EigenBases, EigenSums, eigen_bases
 from margeq.curvature.factors import FactorSums, InputCovCache
+from margeq.curvature.forms import BlockCurvature, Curvature, CurvatureSums
+from margeq.curvature.full import FullSums, require_small
 from margeq.curvature.kron import BlockKron
 from margeq.curvature.options import EvidenceFlavour, KfacOptions
 from margeq.curvature.packing import ColumnPlan, kept_columns, regrouped
@@ -48,7 +51,7 @@ class CurvatureState:
     """Sums over the data at one set of weights; free of prior, noise and temperature.
 
     Attributes:
-        kron: curvature per weight tensor.
+        curvature: sums of the flavour that was asked for.
         fit: log-likelihood (classification) or squared residuals per output (regression).
         n_data: number of data that were counted.
         square_norms: squared Euclidean norm per weight tensor.
@@ -58,7 +61,7 @@ class CurvatureState:
         log_hyperprior: penalty of the hyperparameters inside the network, in nats.
     """
 
-    kron: dict[str, BlockKron]
+    curvature: Curvature
     fit: Tensor
     n_data: int
     square_norms: dict[str, Tensor]
@@ -67,12 +70,29 @@ class CurvatureState:
     checksum: int = 0
     log_hyperprior: float = 0.0
 
+    @property
+    def kron(self) -> dict[str, BlockKron]:
+        """Kronecker factors per weight tensor.
+
+        Raises:
+            ConfigError: for another flavour than ``"kfac"``.
+        """
+        blocks = self.curvature.blocks if isinstance(self.curvature, BlockCurvature) else {}
+        krons = {name: block for name, block in blocks.items() if isinstance(block, BlockKron)}
+        if krons.keys() != self.square_norms.keys():
+            raise ConfigError(
+                f"curvature={self.flavour.curvature!r} has no Kronecker factors; accumulate with "
+                f"curvature='kfac'"
+            )
+        return krons
+
 
 def accumulate(
     model: nn.Module,
     loader: Iterable[Any],
     likelihood: str | Likelihood = "classification",
     *,
+    curvature: str = "kfac",
     hessian_root: str = "exact",
     mc_samples: int = 1,
     captured_trace: float = 0.999,
@@ -82,14 +102,20 @@ def accumulate(
     parameters: str | Sequence[str] = "all",
     batch_fn: Callable[[Any], tuple[Any, Any]] | None = None,
     seed: int = 0,
+    bases: EigenBases | None = None,
 ) -> CurvatureState:
-    """Accumulate the Kronecker-factored GGN of a model over a loader, at its current weights.
+    """Accumulate the GGN of a model over a loader, at its current weights.
+
+    ``curvature="ekfac"`` reads the loader twice: Kronecker factors first, then exact second
+    moments in their eigenvectors, unless ``bases`` are given.
 
     Args:
         model: left as it is, flags of all sub-modules included.
         loader: re-iterable batches ``(inputs, targets)``.
         likelihood: ``"classification"``, ``"regression"`` or an object.
-        hessian_root: see :class:`margeq.curvature.options.KfacOptions`, as for the next five.
+        curvature: ``"kfac"``, ``"ekfac"``, ``"diag"`` or ``"full"``; see
+            :class:`margeq.curvature.options.KfacOptions`, as for the next six.
+        hessian_root: ``"exact"``, ``"adaptive"`` or ``"mc"``.
         mc_samples: columns of the Monte-Carlo root.
         captured_trace: share of the trace that the adaptive root keeps.
         kfac_approx: ``"expand"`` or ``"reduce"``, or a mapping by name.
@@ -98,6 +124,8 @@ def accumulate(
         parameters: as in :func:`margeq.named_weights`.
         batch_fn: turns a batch into ``(inputs, targets)``.
         seed: of the random draws, which are seeded by sample content besides.
+        bases: orthogonal bases for ``"ekfac"``, from :func:`margeq.laplace.eigen_bases`; stale
+            ones, or those of a cheaper root, give a valid bound too, if a looser one.
 
     Returns:
         Un-normalised sums over the data.
@@ -109,11 +137,13 @@ def accumulate(
         NonFiniteError: for outputs that are NaN or infinite.
     """
     options = KfacOptions(
-        hessian_root, mc_samples, captured_trace, kfac_approx, bias_approx, position_fraction, seed
-    )
+        hessian_root, mc_samples, captured_trace, kfac_approx, bias_approx, position_fraction, seed,
+        curvature,
+    )  # fmt: skip
     return accumulate_with(
-        model, loader, as_likelihood(likelihood), options, parameters=parameters, batch_fn=batch_fn
-    )
+        model, loader, as_likelihood(likelihood), options, parameters=parameters,
+        batch_fn=batch_fn, bases=bases,
+    )  # fmt: skip
 
 
 def accumulate_with(
@@ -125,15 +155,24 @@ def accumulate_with(
     parameters: str | Sequence[str] = "all",
     batch_fn: Callable[[Any], tuple[Any, Any]] | None = None,
     cache: InputCovCache | None = None,
+    bases: EigenBases | None = None,
 ) -> CurvatureState:
     """As :func:`accumulate`, with ready-made options and an optional input-factor cache."""
     weights = weights_with_rules(model, parameters, options)
+    if bases is not None and options.curvature != "ekfac":
+        raise ConfigError(f"bases belong to curvature='ekfac', not to {options.curvature!r}")
+    if options.curvature == "ekfac" and bases is None:
+        factors = accumulate_with(
+            model, loader, likelihood, replace(options, curvature="kfac"), parameters=parameters,
+            batch_fn=batch_fn, cache=cache,
+        )  # fmt: skip
+        bases, cache = eigen_bases(factors.kron), None
     device = next(model.parameters()).device
 
     def batches() -> Iterable[Batch]:
         return read_batches(loader, device, batch_fn)
 
-    run = _Pass(model, weights, likelihood, options, cache)
+    run = _Pass(model, weights, likelihood, options, _sums(weights, options, cache, bases))
     with eval_mode(model), torch.enable_grad():
         if options.hessian_root == "adaptive":
             run.add_largest_columns(batches)
@@ -165,7 +204,22 @@ def weights_with_rules(
         raise ConfigError("the model has no trainable weight to learn a prior for")
     require_rules(model, weights)
     options.require_known(weights)
+    if options.curvature == "full":
+        require_small(weights)
     return weights
+
+
+def _sums(
+    weights: Mapping[str, nn.Parameter],
+    options: KfacOptions,
+    cache: InputCovCache | None,
+    bases: EigenBases | None,
+) -> CurvatureSums:
+    if options.curvature == "full":
+        return FullSums(weights)
+    if options.curvature in ("ekfac", "diag"):
+        return EigenSums(weights, bases or {})
+    return FactorSums(weights, options, cache)
 
 
 class _Pass:
@@ -177,11 +231,11 @@ class _Pass:
         weights: Mapping[str, nn.Parameter],
         likelihood: Likelihood,
         options: KfacOptions,
-        cache: InputCovCache | None,
+        sums: CurvatureSums,
     ) -> None:
         self._model, self._weights = model, weights
         self._likelihood, self._options = likelihood, options
-        self._sums = FactorSums(weights, options, cache)
+        self._sums = sums
         self._fit: Tensor | None = None
         self._n_data = 0
         self._captured = 1.0
@@ -264,7 +318,7 @@ class _Pass:
         fit = self._fit
         assert fit is not None
         return CurvatureState(
-            kron=self._sums.finish(self.checksum),
+            curvature=self._sums.finish(self.checksum),
             fit=fit,
             n_data=self._n_data,
             square_norms={

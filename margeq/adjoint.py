@@ -23,6 +23,7 @@ from margeq.accumulation import CurvatureState, weights_with_rules
 from margeq.batches import Batch, read_batches
 from margeq.curvature.capture import Use, backpropagate, eval_mode, forward, record
 from margeq.curvature.factors import FactorSums
+from margeq.curvature.forms import BlockCurvature
 from margeq.curvature.options import KfacOptions
 from margeq.curvature.roots import Root, SketchedRoot
 from margeq.curvature.sampling import reseeded, sample_keys
@@ -152,7 +153,8 @@ def _cotangents(state: CurvatureState, prior: GaussianPrior, likelihood: Likelih
         for name, kron in state.kron.items()
     }
     fit = state.fit.detach().requires_grad_(True)
-    value = log_marginal_likelihood(replace(state, kron=leaves, fit=fit), prior, likelihood)
+    moving = replace(state, curvature=BlockCurvature(leaves), fit=fit)
+    value = log_marginal_likelihood(moving, prior, likelihood)
     wanted = [fit, *(t for kron in leaves.values() for t in (kron.grad_cov, kron.input_cov))]
     grads = torch.autograd.grad(value, wanted)
     pairs = dict(zip(leaves, zip(grads[1::2], grads[2::2], strict=True), strict=True))

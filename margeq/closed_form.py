@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from margeq.accumulation import CurvatureState
+from margeq.curvature.forms import BlockCurvature
 from margeq.curvature.kron import BlockKron
 from margeq.layers.basis import AnchorBasis
 from margeq.likelihoods import Likelihood
@@ -160,7 +161,9 @@ def moved(
         logs.copy_(log_lengthscale)
     return replace(
         state,
-        kron=state.kron | {candidate.weight: replace(kron, **{candidate.factor_name: factor})},
+        curvature=BlockCurvature(
+            state.kron | {candidate.weight: replace(kron, **{candidate.factor_name: factor})}
+        ),
         square_norms=state.square_norms | {candidate.weight: u.square().sum()},
         log_hyperprior=state.log_hyperprior
         + float(candidate.basis.log_hyperprior().detach())

@@ -1,9 +1,10 @@
 """The Laplace evidence: pure functions of curvature sums, prior and likelihood.
 
-    log p(D | eta) ~ log p(D | theta*) - 1/2 sum_tensors [ sum log(1 + lambda / delta)
-                                                           + delta |theta*|^2 ]
+    log p(D | eta) ~ log p(D | theta*) - 1/2 log det(I + kappa Delta^-1/2 H Delta^-1/2)
+                                       - 1/2 sum_tensors delta |theta*|^2
 
-with ``lambda`` the eigenvalues of the curvature times ``1 / (sigma^2 T)`` (Immer et al. 2021).
+with the curvature ``H`` and ``kappa = 1 / (sigma^2 T)`` (Immer et al. 2021). Where ``H`` has one
+block per weight tensor, the determinant is a sum of ``log(1 + kappa lambda / delta)``.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor
 
 from margeq.accumulation import CurvatureState, accumulate
+from margeq.curvature.eigen import EigenBases
+from margeq.curvature.eigen import eigen_bases as _eigen_bases
+from margeq.curvature.forms import Eigenvalues
 from margeq.curvature.options import EvidenceFlavour
 from margeq.errors import ConfigError
 from margeq.likelihoods import Likelihood
-from margeq.linalg import log1p_ratio
 from margeq.priors import GaussianPrior
 
 __all__ = [
@@ -27,6 +30,7 @@ __all__ = [
     "accumulate",
     "decompose",
     "effective_parameters",
+    "eigen_bases",
     "evidence",
     "hyper_gradient",
     "log_marginal_likelihood",
@@ -38,24 +42,27 @@ class Spectrum:
     """All that hyperparameter steps need from one curvature pass: eigenvalues, norms, fit.
 
     Attributes:
-        log_eigenvalues: logarithms per weight tensor ``[P]``, without noise and temperature.
+        eigenvalues: of the curvature, without noise and temperature.
         square_norms: squared norm per weight tensor.
         fit: fit term, see :class:`margeq.accumulation.CurvatureState`.
         n_data: number of data.
         flavour: evidence flavour of the pass.
-        clamped: number of clearly negative eigenvalues that were set to zero.
         checksum: order-independent checksum of the inputs.
         log_hyperprior: penalty of the hyperparameters inside the network, in nats.
     """
 
-    log_eigenvalues: dict[str, Tensor]
+    eigenvalues: Eigenvalues
     square_norms: dict[str, Tensor]
     fit: Tensor
     n_data: int
     flavour: EvidenceFlavour
-    clamped: int
     checksum: int
     log_hyperprior: float = 0.0
+
+    @property
+    def clamped(self) -> int:
+        """Number of clearly negative eigenvalues that were set to zero."""
+        return self.eigenvalues.clamped
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class Evidence:
 
     Attributes:
         log_likelihood: fit of the data at the MAP.
-        log_determinant: ``sum log(1 + lambda / delta)``.
+        log_determinant: ``log det(I + kappa Delta^-1/2 H Delta^-1/2)``.
         scatter: ``sum delta |theta|^2``.
         log_hyperprior: penalty of the hyperparameters inside the network.
     """
@@ -86,24 +93,41 @@ class Evidence:
 
 
 def decompose(state: CurvatureState) -> Spectrum:
-    """One eigenvalue decomposition per Kronecker factor.
+    """One eigenvalue decomposition per Kronecker factor, or of the dense matrix.
 
     Returns:
         Eigenvalues, norms and fit: all that hyperparameter steps need.
 
     Raises:
+        NonFiniteError: if the curvature is NaN or infinite.
+        NotPSDError: if a decomposition fails for good.
+    """
+    return Spectrum(
+        state.curvature.decompose(),
+        state.square_norms,
+        state.fit,
+        state.n_data,
+        state.flavour,
+        state.checksum,
+        state.log_hyperprior,
+    )
+
+
+def eigen_bases(state: CurvatureState) -> EigenBases:
+    """Eigenvectors of Kronecker factors, for ``accumulate(..., curvature="ekfac", bases=...)``.
+
+    Args:
+        state: of ``curvature="kfac"``, with any root, at these or at earlier weights.
+
+    Returns:
+        Weight name -> ``U_B [b, o, o]`` and ``U_A [b, i, i]``, for all weights in use.
+
+    Raises:
+        ConfigError: if the state is of another flavour.
         NonFiniteError: if a factor is NaN or infinite.
         NotPSDError: if a decomposition fails for good.
     """
-    logs, clamped = {}, 0
-    for name, kron in state.kron.items():
-        values, repaired = kron.log_eigenvalues(name)
-        logs[name] = values.flatten()
-        clamped += repaired
-    return Spectrum(
-        logs, state.square_norms, state.fit, state.n_data, state.flavour, clamped, state.checksum,
-        state.log_hyperprior,
-    )  # fmt: skip
+    return _eigen_bases(state.kron)
 
 
 def evidence(spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood) -> Evidence:
@@ -123,10 +147,10 @@ def evidence(spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood) -
     _require_same_subject(spectrum, prior, likelihood)
     fit_term = likelihood.log_likelihood(spectrum.fit, spectrum.n_data)
     log_scale = likelihood.curvature_scale.log().to(spectrum.fit.device)
-    log_determinant, scatter = fit_term.new_zeros(()), fit_term.new_zeros(())
-    for name, logs in spectrum.log_eigenvalues.items():
-        log_precision = prior.log_precision_of(name)
-        log_determinant = log_determinant + log1p_ratio(logs + log_scale, log_precision).sum()
+    log_precisions = _log_precisions(spectrum, prior)
+    log_determinant = spectrum.eigenvalues.log_determinant(log_precisions, log_scale)
+    scatter = fit_term.new_zeros(())
+    for name, log_precision in log_precisions.items():
         scatter = scatter + log_precision.exp() * spectrum.square_norms[name]
     return Evidence(fit_term, log_determinant, scatter, spectrum.log_hyperprior)
 
@@ -156,12 +180,15 @@ def log_marginal_likelihood(
 def effective_parameters(
     spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood
 ) -> dict[str, Tensor]:
-    """``gamma_t = sum lambda / (lambda + delta)`` per weight tensor, from 0 to ``P`` (MacKay)."""
+    """Trace of each tensor's block of ``kappa H (kappa H + Delta)^-1``, from 0 to ``P`` (MacKay).
+
+    With one curvature block per tensor, ``gamma_t = sum kappa lambda / (kappa lambda + delta)``.
+
+    Returns:
+        Weight name -> ``gamma``.
+    """
     log_scale = likelihood.curvature_scale.log().to(spectrum.fit.device)
-    return {
-        name: torch.sigmoid(logs + log_scale - prior.log_precision_of(name)).sum()
-        for name, logs in spectrum.log_eigenvalues.items()
-    }
+    return spectrum.eigenvalues.effective(_log_precisions(spectrum, prior), log_scale)
 
 
 def hyper_gradient(
@@ -182,13 +209,17 @@ def hyper_gradient(
     return float(value.detach()), dict(zip(leaves, grads, strict=True))
 
 
+def _log_precisions(spectrum: Spectrum, prior: GaussianPrior) -> dict[str, Tensor]:
+    return {name: prior.log_precision_of(name) for name in spectrum.square_norms}
+
+
 def _require_same_subject(spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood) -> None:
     if type(likelihood).__name__ != spectrum.flavour.likelihood:
         raise ConfigError(
             f"the curvature is that of a {spectrum.flavour.likelihood} likelihood, not of "
             f"{type(likelihood).__name__}; accumulate again with this likelihood"
         )
-    differing = set(spectrum.log_eigenvalues) ^ set(prior.groups)
+    differing = set(spectrum.square_norms) ^ set(prior.groups)
     if differing:
         raise ConfigError(
             f"prior and curvature are about different weights: {sorted(differing)}; build both "

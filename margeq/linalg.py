@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from margeq.errors import NonFiniteError, NotPSDError, NumericalWarning
 
-__all__ = ["accumulation_dtype", "gram", "is_finite", "log1p_ratio", "psd_eigenvalues"]
+__all__ = [
+    "accumulation_dtype",
+    "gram",
+    "is_finite",
+    "log1p_ratio",
+    "log_det_one_plus",
+    "psd_eigenvalues",
+    "psd_eigh",
+    "whitened",
+]
 
 _LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 _JITTER_LADDER = (1e-10, 1e-8, 1e-6)
+_Decomposition = TypeVar("_Decomposition")
 
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:
@@ -47,6 +59,28 @@ def psd_eigenvalues(matrices: Tensor, name: str, resolution: float = 0.0) -> tup
         NonFiniteError: if an entry is NaN or infinite.
         NotPSDError: if no jitter of the ladder makes the decomposition succeed.
     """
+    return _clamped(_guarded(torch.linalg.eigvalsh, matrices, name), name, resolution)
+
+
+def psd_eigh(matrices: Tensor, name: str, resolution: float = 0.0) -> tuple[Tensor, Tensor, int]:
+    """As :func:`psd_eigenvalues`, with orthonormal eigenvectors in the columns of ``[..., d, d]``.
+
+    Returns:
+        Eigenvalues, eigenvectors and the number of eigenvalues that had to be clamped.
+
+    Raises:
+        NonFiniteError: if an entry is NaN or infinite.
+        NotPSDError: if no jitter of the ladder makes the decomposition succeed.
+    """
+    values, vectors = _guarded(torch.linalg.eigh, matrices, name)
+    kept, clamped = _clamped(values, name, resolution)
+    return kept, vectors, clamped
+
+
+def _guarded(
+    decompose: Callable[[Tensor], _Decomposition], matrices: Tensor, name: str
+) -> _Decomposition:
+    """A decomposition of the symmetric part, with more and more jitter where it fails."""
     if not is_finite(matrices):
         count = int((~torch.isfinite(matrices)).sum())
         raise NonFiniteError(
@@ -54,22 +88,8 @@ def psd_eigenvalues(matrices: Tensor, name: str, resolution: float = 0.0) -> tup
             f"(shape {tuple(matrices.shape)}); lower the learning rate or check the data"
         )
     symmetric = 0.5 * (matrices + matrices.mT)
-    values = _eigvalsh_with_jitter(symmetric, name)
-    largest = values.detach().amax(-1, keepdim=True).clamp_min(0.0)
-    clamped = int((values.detach() < -1e3 * max(resolution, 1e-16) * largest).sum())
-    if clamped:
-        warnings.warn(
-            f"{clamped} negative eigenvalues of the factor of {name!r} were set to zero",
-            NumericalWarning,
-            stacklevel=2,
-        )
-    keep = values.detach() > resolution * largest
-    return torch.where(keep, values, torch.zeros_like(values)), clamped
-
-
-def _eigvalsh_with_jitter(symmetric: Tensor, name: str) -> Tensor:
     try:
-        return torch.linalg.eigvalsh(symmetric)
+        return decompose(symmetric)
     except _LinAlgError:
         pass
     eye = torch.eye(symmetric.shape[-1], dtype=symmetric.dtype, device=symmetric.device)
@@ -81,13 +101,26 @@ def _eigvalsh_with_jitter(symmetric: Tensor, name: str) -> Tensor:
             stacklevel=3,
         )
         try:
-            return torch.linalg.eigvalsh(symmetric + jitter * mean_diagonal * eye)
+            return decompose(symmetric + jitter * mean_diagonal * eye)
         except _LinAlgError:
             continue
     raise NotPSDError(
         f"the factor of {name!r} has no eigenvalue decomposition, even with jitter "
         f"{_JITTER_LADDER[-1]:g}; run the model in float64 or lower the learning rate"
     )
+
+
+def _clamped(values: Tensor, name: str, resolution: float) -> tuple[Tensor, int]:
+    largest = values.detach().amax(-1, keepdim=True).clamp_min(0.0)
+    clamped = int((values.detach() < -1e3 * max(resolution, 1e-16) * largest).sum())
+    if clamped:
+        warnings.warn(
+            f"{clamped} negative eigenvalues of the factor of {name!r} were set to zero",
+            NumericalWarning,
+            stacklevel=3,
+        )
+    keep = values.detach() > resolution * largest
+    return torch.where(keep, values, torch.zeros_like(values)), clamped
 
 
 def log1p_ratio(log_numerator: Tensor, log_denominator: Tensor) -> Tensor:
@@ -98,6 +131,45 @@ def log1p_ratio(log_numerator: Tensor, log_denominator: Tensor) -> Tensor:
     """
     # softplus gives 0 with gradient 0 at -inf; above the threshold it is linear to 1e-17
     return torch.nn.functional.softplus(log_numerator - log_denominator, threshold=40)
+
+
+def log_det_one_plus(rows: Tensor) -> Tensor:
+    """``log det(I + F^T F)`` for rows ``F [P, r]``, never negative, finite for entries to 1e30.
+
+    Returns:
+        A scalar, differentiable in the rows.
+    """
+    products = rows.mT @ rows
+    if _is_well_scaled(products):
+        return 2.0 * _cholesky_one_plus(products).diagonal().log().sum()
+    # singular values resolve the square of the range that products resolve
+    values = torch.linalg.svdvals(rows)
+    return log1p_ratio(2.0 * values[values > 0].log(), values.new_zeros(())).sum()
+
+
+def whitened(rows: Tensor) -> Tensor:
+    """``F (I + F^T F)^-1/2`` up to a rotation of its columns; its squares are never negative.
+
+    Returns:
+        ``[P, r]``; the sum of all squares is the trace of ``F^T F (I + F^T F)^-1``.
+    """
+    products = rows.mT @ rows
+    if _is_well_scaled(products):
+        lower = _cholesky_one_plus(products)
+        return torch.linalg.solve_triangular(lower, rows.mT, upper=False).mT
+    left, values, _ = torch.linalg.svd(rows, full_matrices=False)
+    return left * torch.sigmoid(2.0 * values.log()).sqrt()
+
+
+def _is_well_scaled(products: Tensor) -> bool:
+    """Whether the rounding noise of ``F^T F`` stays far below the identity."""
+    trace = float(products.detach().diagonal().sum())
+    return trace * torch.finfo(products.dtype).eps < 1e-8
+
+
+def _cholesky_one_plus(products: Tensor) -> Tensor:
+    eye = torch.eye(len(products), dtype=products.dtype, device=products.device)
+    return torch.linalg.cholesky(products + eye)
 
 
 def gram(rows: Tensor) -> Tensor:

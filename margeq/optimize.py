@@ -114,8 +114,10 @@ def optimize_marglik(
             :class:`margeq.adjoint.Revisit`.
         parameters: ``"all"``, or names of the weights to integrate out; others are trained
             without prior.
-        curvature: ``"kfac"``, or :class:`margeq.curvature.options.KfacOptions` for all details
-            (it then replaces ``hessian_root``, ``mc_samples`` and ``kfac_approx``).
+        curvature: ``"kfac"``, ``"ekfac"``, ``"diag"``, ``"full"``, or
+            :class:`margeq.curvature.options.KfacOptions` for all details (it then replaces
+            ``hessian_root``, ``mc_samples`` and ``kfac_approx``). With ``hessian_root="exact"``
+            the last three are bounds on the evidence of the full GGN (``flavour.is_bound``).
         backend: ``"margeq"``.
         hessian_root: ``"adaptive"``, ``"exact"`` or ``"mc"``.
         mc_samples: columns of the Monte-Carlo root.
@@ -158,7 +160,7 @@ def optimize_marglik(
         n_hypersteps=n_hypersteps, lr_hyp=lr_hyp, seed=seed,
     )  # fmt: skip
     _check_callbacks(callbacks)
-    _refuse_unavailable(curvature, backend, checkpoint_dir)
+    _refuse_unavailable(backend, checkpoint_dir)
     inside = collect_hyperparameters(model, hyperparameters)
     NetworkStepsOptions(network_gradient, lr_hyp, n_hypersteps)
     if isinstance(likelihood, Likelihood) and (sigma_noise_init, temperature) != (1.0, 1.0):
@@ -169,8 +171,9 @@ def optimize_marglik(
     options = (
         curvature
         if isinstance(curvature, KfacOptions)
-        else KfacOptions(hessian_root, mc_samples, kfac_approx=kfac_approx)
+        else KfacOptions(hessian_root, mc_samples, kfac_approx=kfac_approx, curvature=curvature)
     )
+    _require_factors(inside, options, hyper_solver)
     schedule = Schedule(
         n_epochs, n_epochs_burnin, marglik_frequency, n_hypersteps, lr_hyp, hyper_solver,
         optimizer_cls, optimizer_kwargs, scheduler_cls, scheduler_kwargs, network_gradient,
@@ -233,15 +236,20 @@ def _check_numbers(*, lr_hyp: float, seed: int | None, **counts: int) -> None:
         raise ConfigError(f"seed={seed!r} must be None or an integer from 0 to 2**63 - 1")
 
 
-def _refuse_unavailable(
-    curvature: str | KfacOptions, backend: str, checkpoint_dir: str | None
-) -> None:
-    if not (curvature == "kfac" or isinstance(curvature, KfacOptions)):
-        raise ConfigError(f"curvature={curvature!r}: this version has 'kfac'")
+def _refuse_unavailable(backend: str, checkpoint_dir: str | None) -> None:
     if backend != "margeq":
         raise ConfigError(f"backend={backend!r}: this version has 'margeq'")
     if checkpoint_dir is not None:
         raise ConfigError("checkpoint_dir is not available in this version")
+
+
+def _require_factors(inside: Mapping[str, Tensor], options: KfacOptions, hyper_solver: str) -> None:
+    if inside and options.curvature != "kfac" and hyper_solver != "fixed":
+        raise ConfigError(
+            f"curvature={options.curvature!r} cannot move hyperparameters inside the network "
+            f"({', '.join(inside)}); use curvature='kfac', or freeze them with "
+            f"requires_grad_(False)"
+        )
 
 
 class _Fan:

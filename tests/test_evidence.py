@@ -237,7 +237,7 @@ def test_log_ratio_is_exact_and_finite_over_the_whole_range(difference):
 @given(st.lists(st.floats(-40, 40), min_size=2, max_size=6))
 def test_effective_parameters_fall_from_all_to_none(log_precisions):
     spectrum, prior, likelihood = objective("cnn", Categorical())
-    before = {name: float(len(logs)) for name, logs in spectrum.log_eigenvalues.items()}
+    before = {name: float(len(logs)) for name, logs in spectrum.eigenvalues.logs.items()}
     for log_precision in sorted(log_precisions):
         for leaf in prior.log_prior_precision.values():
             leaf.fill_(log_precision)

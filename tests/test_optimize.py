@@ -454,7 +454,7 @@ def test_a_failed_restart_is_listed_and_another_one_kept():
         ({"optimizer_kwargs": {"weight_decay": 0.1}}, "weight_decay"),
         ({"checkpoint_dir": "runs"}, "checkpoint_dir"),
         ({"backend": "asdl"}, "backend"),
-        ({"curvature": "full"}, "curvature"),
+        ({"curvature": "hessian"}, "curvature"),
         ({"hyperparameters": (torch.zeros(1),)}, "hyperparameters"),
     ],
 )

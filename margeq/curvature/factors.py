@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from margeq.curvature.capture import Use
+from margeq.curvature.forms import BlockCurvature
 from margeq.curvature.io import InputRows, Layout
 from margeq.curvature.kron import BlockKron
 from margeq.curvature.options import KfacOptions
@@ -188,10 +189,12 @@ class FactorSums:
             factors.grad_cov = None
         return {name: cov for name, cov in found.items() if cov is not None}
 
-    def finish(self, checksum: int) -> dict[str, BlockKron]:
+    def finish(self, checksum: int) -> BlockCurvature:
         """The curvature of every weight; fills the cache."""
         self._cache.fill(checksum, self._factors)
-        return {name: f.kron() or self._empty(name) for name, f in self._factors.items()}
+        return BlockCurvature(
+            {name: f.kron() or self._empty(name) for name, f in self._factors.items()}
+        )
 
     def _empty(self, name: str) -> BlockKron:
         """Zero curvature of a weight that the network does not use, e.g. of an off path."""

@@ -10,8 +10,10 @@ from margeq.parameters import matches
 
 __all__ = ["EvidenceFlavour", "KfacOptions"]
 
+_CURVATURES = ("kfac", "ekfac", "diag", "full")
 _ROOTS = ("exact", "adaptive", "mc")
 _APPROXIMATIONS = ("expand", "reduce")
+_PLAIN_FACTORS = {"kfac_approx": "expand", "bias_approx": "exact", "position_fraction": 1.0}
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,20 @@ class EvidenceFlavour:
     position_fraction: float
     weights: str
     temperature: float
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the value is guaranteed not to exceed the Laplace evidence of the full GGN.
+
+        It is for exact second moments (``"ekfac"`` and ``"diag"``) of the exact root, at all
+        shared positions, and for ``"full"``, where the two are equal; never for ``"kfac"``, whose
+        eigenvalues are approximate, or for a root that drops or samples columns.
+        """
+        return (
+            self.curvature in ("ekfac", "diag", "full")
+            and self.hessian_root == "exact"
+            and self.position_fraction == 1.0
+        )
 
     def require_same(self, other: EvidenceFlavour) -> None:
         """Refuse a comparison between different flavours.
@@ -63,9 +79,13 @@ class KfacOptions:
         bias_approx: ``"exact"``, or ``"expand"`` for parity with other libraries.
         position_fraction: share of the shared positions that enter the input covariances.
         seed: mixed into the content keys of all random draws.
+        curvature: ``"kfac"``; ``"ekfac"``, exact second moments in the eigenvectors of the
+            Kronecker factors, a lower bound on the evidence of the full GGN; ``"diag"``, the same
+            without factors; or ``"full"``, the dense GGN of small models. The options of Kronecker
+            factors do not go with the last two.
 
     Raises:
-        ConfigError: for an unknown name or a share outside (0, 1].
+        ConfigError: for an unknown name, a share outside (0, 1], or an option without effect.
     """
 
     hessian_root: str = "exact"
@@ -75,8 +95,11 @@ class KfacOptions:
     bias_approx: str = "exact"
     position_fraction: float = 1.0
     seed: int = 0
+    curvature: str = "kfac"
 
     def __post_init__(self) -> None:
+        if self.curvature not in _CURVATURES:
+            raise ConfigError(f"curvature={self.curvature!r}: use one of {_CURVATURES}")
         if self.hessian_root not in _ROOTS:
             raise ConfigError(f"hessian_root={self.hessian_root!r}: use one of {_ROOTS}")
         if self.bias_approx not in ("exact", "expand"):
@@ -90,6 +113,17 @@ class KfacOptions:
         for value in named.values() if named else (self.kfac_approx,):
             if value not in _APPROXIMATIONS:
                 raise ConfigError(f"kfac_approx={value!r}: use one of {_APPROXIMATIONS}")
+        if self.curvature in ("diag", "full"):
+            self._refuse_factor_options()
+
+    def _refuse_factor_options(self) -> None:
+        for field, plain in _PLAIN_FACTORS.items():
+            if getattr(self, field) != plain:
+                raise ConfigError(
+                    f"{field}={getattr(self, field)!r} is about Kronecker factors, which "
+                    f"curvature={self.curvature!r} has none of; leave it out, or use 'kfac' or "
+                    f"'ekfac'"
+                )
 
     def require_known(self, tensors: Iterable[str]) -> None:
         """Check that each name in ``kfac_approx`` is one of ``tensors``, or a prefix of one.
@@ -119,7 +153,7 @@ class KfacOptions:
         approx = self.kfac_approx
         return EvidenceFlavour(
             likelihood=likelihood,
-            curvature="kfac",
+            curvature=self.curvature,
             hessian_root=detail[self.hessian_root],
             kfac_approx=approx if isinstance(approx, str) else repr(sorted(approx.items())),
             bias_approx=self.bias_approx,

@@ -168,7 +168,7 @@ def _stacked(axis: Axes, rows: list[PathRow], values: Mapping[tuple[str, str], f
 
 
 def _weights(result: MargLikResult, prefix: str) -> list[str]:
-    names = [name for name in result.spectrum.log_eigenvalues if name.startswith(f"{prefix}.")]
+    names = [name for name in result.spectrum.square_norms if name.startswith(f"{prefix}.")]
     return [name for name in names if not name.rpartition(".")[2].startswith("bias")]
 
 

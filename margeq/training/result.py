@@ -141,7 +141,7 @@ class MargLikResult:
         return {
             "log_marginal_likelihood": self.log_marginal_likelihood,
             "n_data": self.n_data,
-            "flavour": vars(self.flavour),
+            "flavour": {**vars(self.flavour), "is_bound": self.flavour.is_bound},
             "success": self.success,
             "message": self.message,
             "n_iter": self.n_iter,
