@@ -18,10 +18,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from margeq.accumulation import CurvatureState, weights_with_rules
 from margeq.batches import Batch, read_batches
-from margeq.curvature.capture import Use, backpropagate, eval_mode, forward, record
+from margeq.curvature.capture import (
+    Use,
+    backpropagate,
+    cut_off,
+    eval_mode,
+    forward,
+    record,
+)
 from margeq.curvature.factors import FactorSums
 from margeq.curvature.forms import BlockCurvature
 from margeq.curvature.options import KfacOptions
@@ -30,7 +38,7 @@ from margeq.curvature.sampling import reseeded, sample_keys
 from margeq.errors import ConfigError
 from margeq.laplace import log_marginal_likelihood
 from margeq.likelihoods import Likelihood
-from margeq.linalg import accumulation_dtype
+from margeq.linalg import project
 from margeq.parameters import log_hyperprior
 from margeq.priors import GaussianPrior
 
@@ -185,33 +193,45 @@ class _Visitor:
         self._seen = 0
 
     def add(self, batch: Batch) -> None:
-        """Fit term and input factors of one batch, then one backward pass per column."""
+        """One backward pass per column, then one for everything that depends on the forward."""
         keys = sample_keys(batch.inputs)
         with record(self._model, self._weights, keep_graph=True) as uses:
             outputs = forward(self._model, batch.inputs)
         targets = self._likelihood.check_targets(outputs, batch.targets)
-        sums = FactorSums(self._weights, self._options, differentiable=True)
-        sums.add_inputs(uses, batch.inputs, reseeded(keys, self._options.seed))
-        surrogate = (self._likelihood.fit(outputs, targets) * self._cotangents.fit).sum()
-        surrogate = surrogate + _inner(sums.input_covs(), self._cotangents.input_cov, surrogate)
+        sums = FactorSums(self._weights, self._options)
+        pull = _Pull()
+        pull.add(self._likelihood.fit(outputs, targets), self._cotangents.fit)
+        for term in sums.input_terms(uses, batch.inputs, reseeded(keys, self._options.seed)):
+            pull.add_gram(term.rows, self._cotangents.input_cov[term.name], term.scale)
         root = self._root(outputs, keys)
         everyone = torch.arange(len(batch), device=outputs.device)
         for v in range(root.n_columns):
             column = root.columns(everyone, torch.full_like(everyone, v))
-            # cut here, so that the way from the outputs back to the leaves is gone only once
-            leaf = column.detach().requires_grad_(True)
-            surrogate = surrogate + (column * self._column(sums, outputs, uses, leaf)).sum()
-        self._pull(surrogate)
+            pull.add(column, self._column(sums, outputs, uses, column.detach()))
+        for use in uses:
+            if use.cut.total is not None and use.edge is not None:
+                pull.add_edge(use.edge, use.cut.total)
+        self._pull(pull)
         self._seen += len(batch)
 
     def _column(
         self, sums: FactorSums, outputs: Tensor, uses: Sequence[Use], column: Tensor
     ) -> Tensor:
-        """Derivative in one column of the root; what reaches the leaves directly is added."""
+        """Add what one column brings to the leaves directly.
+
+        Ways that lead through the forward graph are cut off, at the column and at the outputs of
+        all layers, and are gone once for all columns together.
+
+        Returns:
+            The derivative of the evidence in the column.
+        """
+        column.requires_grad_(True)
         grads = backpropagate(outputs, uses, column.reshape(outputs.shape), create_graph=True)
-        sums.add_gradients(uses, grads)
-        value = _inner(sums.take_grad_covs(), self._cotangents.grad_cov, column)
-        by_column = self._pull(value, column)
+        pull = _Pull()
+        for name, rows in sums.grad_terms(uses, grads):
+            pull.add_gram(rows, self._cotangents.grad_cov[name])
+        with cut_off(uses):
+            by_column = self._pull(pull, column)
         return torch.zeros_like(column) if by_column is None else by_column
 
     def _root(self, outputs: Tensor, keys: Tensor) -> Root:
@@ -220,13 +240,14 @@ class _Visitor:
             return SketchedRoot(root, reseeded(keys, self._revisit.seed), 1)
         return root
 
-    def _pull(self, value: Tensor, *further: Tensor) -> Tensor | None:
+    def _pull(self, pull: _Pull, *further: Tensor) -> Tensor | None:
         """Add the gradient in all leaves; return that in one further tensor."""
-        if not value.requires_grad:
+        if not pull.outputs:
             return None
         grads = torch.autograd.grad(
-            value, [*self._leaves, *further], retain_graph=True, allow_unused=True
-        )
+            pull.outputs, [*self._leaves, *further], pull.cotangents,
+            retain_graph=True, allow_unused=True,
+        )  # fmt: skip
         for name, grad in zip(self._names, grads, strict=False):
             if grad is not None:
                 self.total[name] += grad
@@ -241,11 +262,30 @@ class _Visitor:
 
     def add_hyperprior(self) -> None:
         """The penalty of the hyperparameters themselves, once."""
-        self._pull(log_hyperprior(self._model))
+        pull = _Pull()
+        pull.add(log_hyperprior(self._model), torch.ones(()))
+        self._pull(pull)
 
 
-def _inner(covs: Mapping[str, Tensor], cotangents: Mapping[str, Tensor], like: Tensor) -> Tensor:
-    total = torch.zeros((), dtype=accumulation_dtype(like.device), device=like.device)
-    for name, cov in covs.items():
-        total = total + (cov * cotangents[name]).sum()
-    return total
+class _Pull:
+    """Tensors of one graph, and the derivative of the evidence in each of them."""
+
+    def __init__(self) -> None:
+        self.outputs: list[Tensor | GradientEdge] = []
+        self.cotangents: list[Tensor] = []
+
+    def add(self, output: Tensor, cotangent: Tensor) -> None:
+        """Note one tensor, unless no leaf is behind it."""
+        if output.requires_grad:
+            self.outputs.append(output)
+            self.cotangents.append(cotangent.to(output).reshape(output.shape))
+
+    def add_edge(self, edge: GradientEdge, cotangent: Tensor) -> None:
+        """The same for a place in the graph."""
+        self.outputs.append(edge)
+        self.cotangents.append(cotangent)
+
+    def add_gram(self, rows: Tensor, cotangent: Tensor, scale: float = 1.0) -> None:
+        """The same for ``scale * gram(rows)``: its derivative is ``2 * scale * rows @ G``."""
+        if rows.requires_grad:
+            self.add(rows, project(rows.detach(), 2.0 * scale * cotangent.to(rows)))

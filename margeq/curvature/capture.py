@@ -20,7 +20,17 @@ from margeq.curvature.sampling import tensors_of
 from margeq.errors import DataError, MissingRuleError, UnsupportedLayerError
 from margeq.parameters import owners
 
-__all__ = ["Use", "backpropagate", "check_rules", "eval_mode", "forward", "record", "require_rules"]
+__all__ = [
+    "Cut",
+    "Use",
+    "backpropagate",
+    "check_rules",
+    "cut_off",
+    "eval_mode",
+    "forward",
+    "record",
+    "require_rules",
+]
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,7 @@ class Use:
         x: the module's input.
         y: the module's output; its values may have been overwritten by an in-place activation.
         edge: where the output's gradient arrives in the autograd graph, ``None`` without one.
+        cut: where gradients on their way into this call can be held, see :class:`Cut`.
     """
 
     prefix: str
@@ -44,6 +55,36 @@ class Use:
     x: Tensor
     y: Tensor
     edge: GradientEdge | None
+    cut: Cut
+
+
+class Cut:
+    """Holds the gradients that reach a call's output instead of passing them on.
+
+    A second-order pull visits the whole forward graph again, for activations whose second
+    derivative matters, and mostly with zeros. What arrives is summed up here over many pulls, and
+    can go down once in the end.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self.total: Tensor | None = None
+
+    def hold(self, grad: Tensor) -> None:
+        """Add what arrived."""
+        self.total = grad if self.total is None else self.total + grad
+
+
+@contextmanager
+def cut_off(uses: Sequence[Use]) -> Iterator[None]:
+    """No gradient passes through the outputs of these calls while the context is open."""
+    for use in uses:
+        use.cut.is_open = True
+    try:
+        yield
+    finally:
+        for use in uses:
+            use.cut.is_open = False
 
 
 @contextmanager
@@ -136,9 +177,9 @@ class _Recorder:
             )
         # taken now: an in-place activation on a view would give the tensor another history
         edge = get_gradient_edge(y) if y.requires_grad else None
-        x = x if self.keep_graph else x.detach()
-        self.uses.append(Use(self.prefix, layer, self.rule, self.names, x, y, edge))
-        return cast(Tensor, _Alias.apply(y)) if edge is not None else y
+        x, cut = x if self.keep_graph else x.detach(), Cut()
+        self.uses.append(Use(self.prefix, layer, self.rule, self.names, x, y, edge, cut))
+        return cast(Tensor, _Alias.apply(y, cut)) if edge is not None else y
 
 
 class _Alias(torch.autograd.Function):
@@ -150,12 +191,16 @@ class _Alias(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, cut: Cut) -> Tensor:
+        ctx.cut = cut
         return y.detach()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+        if ctx.cut.is_open:
+            ctx.cut.hold(grads[0])
+            return None, None
+        return grads[0], None
 
 
 def require_batch_axis(uses: Sequence[Use], n_data: int) -> None:

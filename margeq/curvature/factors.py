@@ -18,7 +18,7 @@ from margeq.curvature.options import KfacOptions
 from margeq.curvature.sampling import sample_positions
 from margeq.linalg import accumulation_dtype, gram
 
-__all__ = ["FactorSums", "Factors", "InputCovCache"]
+__all__ = ["FactorSums", "Factors", "InputCovCache", "InputTerm"]
 
 
 @dataclass
@@ -82,6 +82,16 @@ class InputCovCache:
             self.factors = {name: f for name, f in factors.items() if f.from_data}
 
 
+@dataclass(frozen=True)
+class InputTerm:
+    """What one batch adds to an input covariance: ``scale * gram(rows)``."""
+
+    name: str
+    rows: Tensor
+    scale: float
+    n_shared: int
+
+
 class FactorSums:
     """Kronecker factors of all weights, as plain sums over the calls that are added.
 
@@ -89,7 +99,6 @@ class FactorSums:
         weights: by name.
         options: how to approximate.
         cache: input factors known from an earlier pass.
-        differentiable: keep the graph of what the calls were computed from.
     """
 
     def __init__(
@@ -97,27 +106,32 @@ class FactorSums:
         weights: Mapping[str, nn.Parameter],
         options: KfacOptions,
         cache: InputCovCache | None = None,
-        *,
-        differentiable: bool = False,
     ) -> None:
         self._weights, self._options = weights, options
-        self._differentiable = differentiable
         self._cache = InputCovCache() if cache is None else cache
         self._factors = {name: Factors() for name in weights}
 
     def add_inputs(self, uses: Sequence[Use], inputs: Any, keys: Tensor) -> None:
-        """Add the input covariances of one batch.
+        """Add the input covariances of one batch; arguments as for :meth:`input_terms`."""
+        with torch.no_grad():
+            for term in self.input_terms(uses, inputs, keys):
+                cov = gram(term.rows)
+                cov = cov if term.scale == 1.0 else cov * term.scale
+                self._factors[term.name].add_inputs(cov, term.n_shared)
+
+    def input_terms(self, uses: Sequence[Use], inputs: Any, keys: Tensor) -> list[InputTerm]:
+        """The rows whose products one batch adds to the input covariances.
 
         Args:
             uses: its recorded calls.
             inputs: what the model was called with.
             keys: one key per datum, for the sample of positions.
-        """
-        with torch.set_grad_enabled(self._differentiable):
-            self._add_inputs(uses, inputs, keys)
 
-    def _add_inputs(self, uses: Sequence[Use], inputs: Any, keys: Tensor) -> None:
-        sums: dict[str, tuple[Tensor, int]] = {}
+        Returns:
+            Terms, differentiable in whatever the recorded inputs are.
+        """
+        terms: list[InputTerm] = []
+        means: dict[str, tuple[Tensor, int]] = {}
         for use in uses:
             from_data = _is_first(use, inputs)
             if from_data and self._cache.has(use.names):
@@ -127,37 +141,43 @@ class FactorSums:
             for local, rows in use.rule.inputs(use.layer, use.x, self._sampler(use, keys)).items():
                 if local not in use.names:
                     continue
-                name = use.names[local]
+                name, values = use.names[local], _promoted(rows.rows)
                 self._factors[name].describe(rows, from_data)
                 if self._reduces(name):
-                    total, n_positions = _promoted(rows.rows).sum(1, keepdim=True), rows.n_positions
-                    if name in sums:
-                        total, n_positions = total + sums[name][0], n_positions + sums[name][1]
-                    sums[name] = total, n_positions
+                    total, count = means.get(name, (0.0, 0))
+                    means[name] = total + values.sum(1, keepdim=True), count + rows.n_positions
                 else:
-                    self._expand_inputs(name, rows)
-        for name, (total, n_positions) in sums.items():
-            self._factors[name].add_inputs(gram(total / n_positions), len(keys))
-
-    def _expand_inputs(self, name: str, rows: InputRows) -> None:
-        n_data, n_sampled = rows.rows.shape[:2]
-        cov = gram(_promoted(rows.rows))
-        if n_sampled != rows.n_positions:
-            cov = cov * (rows.n_positions / n_sampled)
-        self._factors[name].add_inputs(cov, n_data * rows.n_positions)
+                    n_data, n_sampled = values.shape[:2]
+                    scale = rows.n_positions / n_sampled
+                    terms.append(InputTerm(name, values, scale, n_data * rows.n_positions))
+        for name, (total, n_positions) in means.items():
+            terms.append(InputTerm(name, total / n_positions, 1.0, len(keys)))
+        return terms
 
     def add_gradients(self, uses: Sequence[Use], grads: Sequence[Tensor | None]) -> None:
-        """Add the gradient covariances of one column of the root.
+        """Add the gradient covariances of one column; arguments as for :meth:`grad_terms`."""
+        with torch.no_grad():
+            grams: dict[object, Tensor] = {}
+            for name, rows in self.grad_terms(uses, grads):
+                # without shared positions a bias has its weight's rows
+                identity = (rows.data_ptr(), rows.shape, rows.stride())
+                if identity not in grams:
+                    grams[identity] = gram(rows)
+                self._factors[name].add_grads(grams[identity])
+
+    def grad_terms(
+        self, uses: Sequence[Use], grads: Sequence[Tensor | None]
+    ) -> list[tuple[str, Tensor]]:
+        """The rows whose products one column of the root adds to the gradient covariances.
 
         Args:
-            uses: recorded calls.
+            uses: recorded calls, whose inputs were added before.
             grads: the gradient of each call's output, ``None`` where it does not matter.
-        """
-        with torch.set_grad_enabled(self._differentiable):
-            self._add_gradients(uses, grads)
 
-    def _add_gradients(self, uses: Sequence[Use], grads: Sequence[Tensor | None]) -> None:
-        rows: list[tuple[str, Tensor]] = []
+        Returns:
+            Pairs of a weight's name and rows ``[n, t, b, o]``, differentiable like ``grads``.
+        """
+        terms: list[tuple[str, Tensor]] = []
         sums: dict[str, Tensor] = {}
         for use, grad in zip(uses, grads, strict=True):
             if grad is None:
@@ -169,25 +189,8 @@ class FactorSums:
                     values = values.sum(1, keepdim=True) if values.shape[1] > 1 else values
                     sums[name] = sums[name] + values if name in sums else values
                 else:
-                    rows.append((name, values))
-        grams: dict[object, Tensor] = {}  # without shared positions a bias has its weight's rows
-        for name, values in (*rows, *sums.items()):
-            identity = (values.data_ptr(), values.shape, values.stride())
-            if identity not in grams:
-                grams[identity] = gram(values)
-            self._factors[name].add_grads(grams[identity])
-
-    def input_covs(self) -> dict[str, Tensor]:
-        """Input covariances so far, of the weights that have any."""
-        found = {name: factors.input_cov for name, factors in self._factors.items()}
-        return {name: cov for name, cov in found.items() if cov is not None}
-
-    def take_grad_covs(self) -> dict[str, Tensor]:
-        """Gradient covariances since the last call, of the weights that have any."""
-        found = {name: factors.grad_cov for name, factors in self._factors.items()}
-        for factors in self._factors.values():
-            factors.grad_cov = None
-        return {name: cov for name, cov in found.items() if cov is not None}
+                    terms.append((name, values))
+        return [*terms, *sums.items()]
 
     def finish(self, checksum: int) -> BlockCurvature:
         """The curvature of every weight; fills the cache."""

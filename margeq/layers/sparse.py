@@ -17,6 +17,7 @@ from margeq.curvature.io import InputRows, PositionSampler, Rule, register_split
 from margeq.errors import ConfigError
 from margeq.layers.basis import AnchorBasis, lengthscale_penalty
 from margeq.layers.convolution import conv_inputs, conv_output_grads
+from margeq.linalg import project
 
 __all__ = ["SparseConv2d"]
 
@@ -164,29 +165,17 @@ class SparseConv2d(nn.Conv2d):
 
 def _inputs(layer: SparseConv2d, x: Tensor, sampler: PositionSampler) -> Mapping[str, InputRows]:
     found = conv_inputs(layer, x, sampler)
-    patches = found["weight"].rows.unflatten(3, (layer.in_channels // layer.groups, -1))
-    psi = layer.basis().to(x.dtype)
+    channels, psi = layer.in_channels // layer.groups, layer.basis().to(x.dtype)
+    patches = found["weight"].rows
     if layer.basis.n_filters > 1:
         # filters with lengthscales of their own see inputs of their own: one block per filter
         patches = patches.repeat_interleave(layer.out_channels // layer.groups, dim=2)
-    rows = _projected(patches, psi).flatten(3)
+        psi = psi.repeat_interleave(channels, dim=0)
+    blocks = patches.shape[2]
+    by_channel = patches.unflatten(3, (channels, -1)).flatten(2, 3)
+    rows = project(by_channel, psi).unflatten(2, (blocks, channels)).flatten(3)
     found["weight"] = InputRows(rows, found["weight"].n_positions, "boi")
     return found
-
-
-def _projected(patches: Tensor, psi: Tensor) -> Tensor:
-    """``[n, t, b, c, x] -> [n, t, b, c, m]``, in the memory order of the patches.
-
-    A product along an axis that lies scattered in memory costs twenty times as much.
-    """
-    by_filter = psi[:, None] if len(psi) > 1 else psi[0]
-    n, t = patches.shape[:2]
-    if patches.stride(1) != 1:
-        return patches @ by_filter.mT
-    if patches.stride(0) == t:
-        columns = patches.permute(2, 3, 4, 0, 1).flatten(3)
-        return (by_filter @ columns).unflatten(3, (n, t)).permute(3, 4, 0, 1, 2)
-    return (by_filter @ patches.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)
 
 
 def _grads(layer: SparseConv2d, x: Tensor, grad_y: Tensor) -> Mapping[str, Tensor]:
