@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,11 +12,19 @@ from torch import nn
 
 from benchmarks.curvature import captured_trace, curvature_jobs, hyper_jobs, plain_jobs
 from benchmarks.factored import factored_rows
-from benchmarks.memory import peak_memory
+from benchmarks.lengthscales import EPOCHS, N_DATA, lengthscale_jobs, memory_jobs
+from benchmarks.memory import MemoryRow, gradient_memory, peak_memory
 from benchmarks.neighbours import neighbour_hyper_jobs, neighbour_jobs
-from benchmarks.networks import BATCH, TRAINING_EPOCHS, accuracy, digits, trained
+from benchmarks.networks import (
+    BATCH,
+    TRAINING_EPOCHS,
+    accuracy,
+    digits,
+    sparse_lenet,
+    trained,
+)
 from benchmarks.report import Report, Row, write
-from benchmarks.timing import Job, measure
+from benchmarks.timing import Cost, Job, measure
 
 
 def main() -> None:
@@ -48,16 +56,8 @@ def run(quick: bool) -> Report:
         light += neighbour_hyper_jobs(model, batches)
     costs = measure([*heavy, *light], plain[0].run, repeats)
     peaks = {} if quick else _peaks(model, heavy)
-    rows = [
-        Row(
-            job.name,
-            1e3 * costs[job.name].seconds,
-            costs[job.name].units,
-            job.target,
-            peaks.get(job.name),
-        )
-        for job in (*heavy, *light)
-    ]
+    rows = _rows([*heavy, *light], costs, peaks)
+    lengthscales, memory = _lengthscales(quick, repeats)
     facts = {
         "repeats": repeats,
         "weights": sum(parameter.numel() for parameter in model.parameters()),
@@ -66,15 +66,47 @@ def run(quick: bool) -> Report:
         "training_epochs": TRAINING_EPOCHS,
         "accuracy": accuracy(model, batches),
         "captured_trace": captured_trace(model, batches),
+        "lengthscale_data": N_DATA,
     }
-    return Report(facts, rows, factored_rows(repeats))
+    return Report(facts, rows, factored_rows(repeats), lengthscales, memory)
+
+
+def _rows(jobs: Sequence[Job], costs: Mapping[str, Cost], peaks: Mapping[str, float]) -> list[Row]:
+    return [
+        Row(
+            job.name,
+            1e3 * costs[job.name].seconds,
+            costs[job.name].units,
+            job.target,
+            peaks.get(job.name),
+        )
+        for job in jobs
+    ]
+
+
+def _lengthscales(quick: bool, repeats: int) -> tuple[list[Row], list[MemoryRow]]:
+    """The S-CONV LeNet: cost of each gradient, and memory for few and for many data."""
+    batches = digits(N_DATA)
+    model = trained(batches, sparse_lenet, EPOCHS)
+    jobs = lengthscale_jobs(model, batches)
+    rows = _rows(jobs, measure(jobs, jobs[0].run, repeats), {})
+    if quick:
+        return rows, []
+    names = [job.name for job in memory_jobs(model, batches)]
+    with tempfile.TemporaryDirectory() as folder:
+        weights = _saved(model, folder)
+        return rows, gradient_memory(weights, names, (500, 5000))
+
+
+def _saved(model: nn.Module, folder: str) -> str:
+    weights = Path(folder) / "weights.pt"
+    torch.save(model.state_dict(), weights)
+    return str(weights)
 
 
 def _peaks(model: nn.Module, jobs: Sequence[Job]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder) / "weights.pt"
-        torch.save(model.state_dict(), weights)
-        return peak_memory(str(weights), jobs)
+        return peak_memory(_saved(model, folder), jobs)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from margeq.data import load_digits
+from margeq.layers import SparseConv2d
+from margeq.parameters import named_weights
 
-__all__ = ["BATCH", "N_DATA", "TRAINING_EPOCHS", "Batches", "accuracy", "digits", "epoch", "lenet"]
+__all__ = [
+    "BATCH",
+    "N_DATA",
+    "TRAINING_EPOCHS",
+    "Batches",
+    "accuracy",
+    "digits",
+    "epoch",
+    "lenet",
+    "optimizer_for",
+    "sparse_lenet",
+    "trained",
+]
 
 N_DATA, BATCH = 1024, 128
 TRAINING_EPOCHS = 25
@@ -39,16 +55,31 @@ def lenet() -> nn.Sequential:
     )
 
 
-def digits() -> Batches:
-    """1,024 of the embedded handwritten digits, enlarged to 28 x 28."""
+def sparse_lenet() -> nn.Sequential:
+    """The LeNet with S-CONV layers on grid anchors: as many weights, and two lengthscales."""
+    model = lenet()
+    for place in (0, 3):
+        conv = model[place]
+        assert isinstance(conv, nn.Conv2d)
+        model[place] = SparseConv2d.from_conv(conv, anchors="grid")
+    return model
+
+
+def digits(n_data: int = N_DATA) -> Batches:
+    """Some of the 1,797 embedded handwritten digits, enlarged to 28 x 28.
+
+    More than there are begin again, a pixel further to the right each time.
+    """
     images, labels = load_digits()
-    large = nn.functional.interpolate(images[:N_DATA, None], size=28, mode="bilinear")
-    return Batches(large, labels[:N_DATA])
+    rounds = range(-(-n_data // len(images)))
+    large = nn.functional.interpolate(images[:, None], size=28, mode="bilinear")
+    shifted = torch.cat([large.roll(by, -1) for by in rounds])[:n_data]
+    return Batches(shifted, labels.repeat(len(rounds))[:n_data])
 
 
 def optimizer_for(model: nn.Module) -> torch.optim.Optimizer:
-    """The plain optimizer."""
-    return torch.optim.Adam(model.parameters(), lr=1e-3)
+    """The plain optimizer, on the weights."""
+    return torch.optim.Adam(named_weights(model).values(), lr=1e-3)
 
 
 def epoch(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches) -> None:
@@ -59,12 +90,16 @@ def epoch(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches) 
         optimizer.step()
 
 
-def trained(batches: Batches) -> nn.Sequential:
-    """The LeNet after plain training."""
+def trained(
+    batches: Batches,
+    make: Callable[[], nn.Sequential] = lenet,
+    n_epochs: int = TRAINING_EPOCHS,
+) -> nn.Sequential:
+    """A LeNet after plain training; its lengthscales stay as they are."""
     torch.manual_seed(0)
-    model = lenet()
+    model = make()
     optimizer = optimizer_for(model)
-    for _ in range(TRAINING_EPOCHS):
+    for _ in range(n_epochs):
         epoch(model, optimizer, batches)
     return model
 

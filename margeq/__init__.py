@@ -10,7 +10,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from margeq import callbacks, curvature, data, errors, laplace, layers, models, testing
+    from margeq import (
+        adjoint,
+        bases,
+        callbacks,
+        curvature,
+        data,
+        errors,
+        laplace,
+        layers,
+        models,
+        testing,
+    )
     from margeq.curvature.io import LinearIO, register_kfac_rule
     from margeq.effective_dim import effective_dimension
     from margeq.laplace import log_marginal_likelihood
@@ -28,6 +39,8 @@ __all__ = [
     "GaussianPrior",
     "LinearIO",
     "MargLikResult",
+    "adjoint",
+    "bases",
     "callbacks",
     "curvature",
     "data",
@@ -44,7 +57,18 @@ __all__ = [
     "testing",
 ]
 
-_NAMESPACES = ("callbacks", "curvature", "data", "errors", "laplace", "layers", "models", "testing")
+_NAMESPACES = (
+    "adjoint",
+    "bases",
+    "callbacks",
+    "curvature",
+    "data",
+    "errors",
+    "laplace",
+    "layers",
+    "models",
+    "testing",
+)
 _HOMES = {
     "Categorical": "margeq.likelihoods",
     "Gaussian": "margeq.likelihoods",

@@ -35,7 +35,7 @@ from margeq.curvature.forms import BlockCurvature
 from margeq.curvature.options import KfacOptions
 from margeq.curvature.roots import Root, SketchedRoot
 from margeq.curvature.sampling import reseeded, sample_keys
-from margeq.errors import ConfigError
+from margeq.errors import ConfigError, DataError
 from margeq.laplace import log_marginal_likelihood
 from margeq.likelihoods import Likelihood
 from margeq.linalg import project
@@ -51,7 +51,8 @@ class Revisit:
 
     Attributes:
         sketched: one random column per datum instead of all of them; unbiased.
-        share: of the batches that are visited; their sum is scaled up, unbiased.
+        share: of the batches that are visited, at least one of them: every ``round(1 / share)``-th,
+            times that number. The mean over all offsets is exact, for batches of any size.
         seed: of the signs and of the choice of batches.
 
     Raises:
@@ -66,12 +67,17 @@ class Revisit:
         if not 0.0 < self.share <= 1.0:
             raise ConfigError(f"share={self.share} of the batches must lie in (0, 1]")
 
-    def chosen(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Every so-manieth batch, beginning with one that depends on the seed."""
-        every = max(1, round(1.0 / self.share))
-        for batch in batches:
-            if batch.index % every == self.seed % every:
-                yield batch
+    def period(self, loader: Iterable[Any]) -> int:
+        """One batch out of how many is visited; never more than there are."""
+        every = round(1.0 / self.share)
+        return max(1, min(every, _n_batches(loader))) if every > 1 else 1
+
+
+def _n_batches(loader: Any) -> int:
+    try:
+        return len(loader)
+    except TypeError:
+        return sum(1 for _ in loader)
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,9 @@ def network_gradient(
 ) -> dict[str, Tensor]:
     """Gradient of the log evidence in tensors that the network's output depends on.
 
-    The weights are held fixed. One batch is in memory at a time.
+    The weights are held fixed. One batch is in memory at a time. The batches are visited with all
+    columns of the exact root, so that the gradient is that of the evidence for ``"exact"``; for
+    ``"adaptive"`` it misses what ``captured_trace`` leaves out, for ``"mc"`` the noise of the draw.
 
     Args:
         model: left as it is.
@@ -131,9 +139,11 @@ def network_gradient(
             model, weights, likelihood, options, revisit,
             _cotangents(state, prior, likelihood), hyperparameters,
         )  # fmt: skip
-        for batch in revisit.chosen(read_batches(loader, device, batch_fn)):
-            visitor.add(batch)
-        visitor.rescale(state.n_data)
+        period = revisit.period(loader)
+        for batch in read_batches(loader, device, batch_fn):
+            if batch.index % period == revisit.seed % period:
+                visitor.add(batch)
+        visitor.rescale(period)
         visitor.add_hyperprior()
     return visitor.total
 
@@ -190,7 +200,7 @@ class _Visitor:
         self._options, self._revisit, self._cotangents = options, revisit, cotangents
         self._names, self._leaves = list(hyperparameters), list(hyperparameters.values())
         self.total = {name: torch.zeros_like(leaf) for name, leaf in hyperparameters.items()}
-        self._seen = 0
+        self._is_empty = True
 
     def add(self, batch: Batch) -> None:
         """One backward pass per column, then one for everything that depends on the forward."""
@@ -212,7 +222,7 @@ class _Visitor:
             if use.cut.total is not None and use.edge is not None:
                 pull.add_edge(use.edge, use.cut.total)
         self._pull(pull)
-        self._seen += len(batch)
+        self._is_empty = False
 
     def _column(
         self, sums: FactorSums, outputs: Tensor, uses: Sequence[Use], column: Tensor
@@ -253,12 +263,15 @@ class _Visitor:
                 self.total[name] += grad
         return grads[-1] if further else None
 
-    def rescale(self, n_data: int) -> None:
-        """Scale the sum over the visited data up to all of them."""
-        if not self._seen:
-            raise ConfigError("no batch was visited; raise the share of batches, or pass a list")
+    def rescale(self, period: int) -> None:
+        """Scale the sum over the visited batches up to all of them."""
+        if self._is_empty:
+            raise DataError(
+                f"one of {period} batches should have been visited, and there was none; the loader "
+                f"has to yield as many batches in each pass as its length says"
+            )
         for name in self._names:
-            self.total[name] *= n_data / self._seen
+            self.total[name] *= period
 
     def add_hyperprior(self) -> None:
         """The penalty of the hyperparameters themselves, once."""
@@ -271,7 +284,7 @@ class _Pull:
     """Tensors of one graph, and the derivative of the evidence in each of them."""
 
     def __init__(self) -> None:
-        self.outputs: list[Tensor | GradientEdge] = []
+        self.outputs: list[Any] = []  # tensors, and edges of the graph
         self.cotangents: list[Tensor] = []
 
     def add(self, output: Tensor, cotangent: Tensor) -> None:

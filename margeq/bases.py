@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from margeq.errors import ConfigError
+from margeq.linalg import is_finite
 
 __all__ = ["Anchors", "Kernel", "grid", "interpolation", "place_anchors"]
 
@@ -26,20 +27,27 @@ NOISE = 0.01
 """``nu``: how far, in units of the signal, a filter may miss the values at its anchors."""
 
 
-def grid(shape: Sequence[int]) -> Tensor:
+def grid(
+    shape: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+) -> Tensor:
     """Positions of all pixels of a filter, row-major, centred.
 
     Args:
         shape: extents of the filter.
+        dtype: of the result.
+        device: of the result, whatever the default device.
 
     Returns:
-        ``[X, d]`` float64, from ``-(k - 1) / 2`` to ``(k - 1) / 2`` along each axis.
+        ``[X, d]``, from ``-(k - 1) / 2`` to ``(k - 1) / 2`` along each axis.
 
     Example:
         >>> grid((1, 3)).tolist()
         [[0.0, -1.0], [0.0, 0.0], [0.0, 1.0]]
     """
-    axes = [torch.arange(k, dtype=torch.float64) - (k - 1) / 2 for k in shape]
+    axes = [torch.arange(k, dtype=dtype, device=device) - (k - 1) / 2 for k in shape]
     return torch.cartesian_prod(*axes).reshape(-1, len(axes))
 
 
@@ -53,7 +61,7 @@ def place_anchors(anchors: Anchors, shape: Sequence[int], seed: int = 0) -> Tens
         seed: of the random positions.
 
     Returns:
-        ``[M, d]`` float64, in pixels.
+        ``[M, d]`` float64 on the CPU, in pixels.
 
     Raises:
         ConfigError: for anything else.
@@ -67,19 +75,22 @@ def place_anchors(anchors: Anchors, shape: Sequence[int], seed: int = 0) -> Tens
             raise ConfigError(
                 f"anchors of shape {tuple(anchors.shape)}: use [M, {len(shape)}] positions"
             )
+        if not is_finite(anchors):
+            raise ConfigError("anchors: positions have to be finite, and some are not")
         return anchors.detach().double().cpu().clone()
-    if anchors == "grid":
+    if isinstance(anchors, str) and anchors == "grid":
         return grid(shape)
     count = _count(anchors, math.prod(shape))
-    half = torch.tensor([(k - 1) / 2 for k in shape], dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
+    half = torch.tensor([(k - 1) / 2 for k in shape], dtype=torch.float64, device="cpu")
+    generator = torch.Generator("cpu").manual_seed(seed)
     draws = torch.rand(count, len(shape), generator=generator, dtype=torch.float64, device="cpu")
     return (2.0 * draws - 1.0) * half
 
 
 def _count(anchors: str | float, n_pixels: int) -> int:
     if isinstance(anchors, float) and 0.0 < anchors <= 1.0:
-        return max(1, math.ceil(anchors * n_pixels))
+        # 0.28 of 25 pixels are 7, although their product in floats is a little more
+        return max(1, math.ceil(anchors * n_pixels - 1e-9))
     if isinstance(anchors, int) and not isinstance(anchors, bool) and anchors > 0:
         return anchors
     raise ConfigError(

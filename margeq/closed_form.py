@@ -13,7 +13,8 @@ so that the evidence, and its gradient at ``T = I``, need no pass over the data:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +26,7 @@ from margeq.curvature.kron import BlockKron
 from margeq.layers.basis import AnchorBasis
 from margeq.likelihoods import Likelihood
 from margeq.linalg import log1p_ratio
+from margeq.parameters import named_weights
 from margeq.priors import GaussianPrior
 
 __all__ = ["FixedFilters", "closed_form_gradient", "factor_cotangent", "fixed_filters", "moved"]
@@ -68,22 +70,37 @@ class FixedFilters:
         """``T = Psi(l') Psi(l)^-1``, ``[G, M, M]``."""
         return torch.linalg.solve(self._psi_now(), self.basis(log_lengthscale), left=False)
 
-    @property
-    def is_invertible(self) -> bool:
+    def is_invertible_at(self, log_lengthscale: Tensor) -> bool:
         """Whether filters and weights determine each other, numerically too."""
         if self.basis.n_anchors != len(self.basis.pixels):
             return False
-        return bool((torch.linalg.cond(self._psi_now()) < _LARGEST_CONDITION).all())
+        psi = self.basis(log_lengthscale.detach())
+        return bool((torch.linalg.cond(psi) < _LARGEST_CONDITION).all())
 
     def _psi_now(self) -> Tensor:
         assert self.basis.log_lengthscale is not None
         return self.basis(self.basis.log_lengthscale.detach())
 
 
-def fixed_filters(model: nn.Module, hyperparameters: Mapping[str, Tensor]) -> list[FixedFilters]:
-    """The weights whose lengthscale is among ``hyperparameters`` and whose basis is invertible."""
+def fixed_filters(
+    model: nn.Module,
+    hyperparameters: Mapping[str, Tensor],
+    parameters: str | Sequence[str] = "all",
+) -> list[FixedFilters]:
+    """The weights whose lengthscale is among ``hyperparameters`` and whose basis is invertible.
+
+    Args:
+        model: any module tree.
+        hyperparameters: by name.
+        parameters: as in :func:`margeq.named_weights`; other weights have no curvature to move.
+
+    Returns:
+        One entry per weight; none for a weight or a lengthscale that several layers share, since
+        the filters of all of them cannot be held at once.
+    """
     names = {id(tensor): name for name, tensor in hyperparameters.items()}
-    found = []
+    weights = named_weights(model, parameters)
+    found: list[FixedFilters] = []
     for prefix, layer in model.named_modules():
         bases = layer.bases() if hasattr(layer, "bases") else {}  # pyright: ignore[reportCallIssue]
         for local, (side, basis) in bases.items():
@@ -91,7 +108,17 @@ def fixed_filters(model: nn.Module, hyperparameters: Mapping[str, Tensor]) -> li
             weight = f"{prefix}.{local}" if prefix else local
             if name is not None:
                 found.append(FixedFilters(name, weight, side, basis, getattr(layer, local)))
-    return [candidate for candidate in found if candidate.is_invertible]
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    users = Counter(candidate.hyperparameter for candidate in found)
+    return [
+        c
+        for c in found
+        if c.weight in weights
+        and c.basis.log_lengthscale is not None
+        and users[c.hyperparameter] == 1
+        and owners[id(c.tensor)] == owners[id(c.basis.log_lengthscale)] == 1
+        and c.is_invertible_at(c.basis.log_lengthscale)
+    ]
 
 
 def factor_cotangent(

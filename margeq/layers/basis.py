@@ -15,7 +15,8 @@ from margeq.linalg import accumulation_dtype
 
 __all__ = ["AnchorBasis", "lengthscale_penalty"]
 
-_LOG_RANGE = math.log(1e4)
+_LENGTHSCALES = (1e-6, 1e6)
+"""In pixels. Beyond, filters no longer change; within, every entry and derivative is finite."""
 
 
 class AnchorBasis(nn.Module):
@@ -30,7 +31,7 @@ class AnchorBasis(nn.Module):
         anchors: see :func:`margeq.bases.place_anchors`.
         learn_anchors: whether the evidence moves the anchors too.
         kernel: ``"rbf"``, ``"exponential"``, or ``"identity"`` for one free value per pixel.
-        lengthscale: initial value, in pixels.
+        lengthscale: initial value, in pixels, from 1e-6 to 1e6.
         n_filters: ``G``, number of lengthscales.
         lengthscale_spread: standard deviation of the normal prior of ``log l`` around its initial
             value, a penalty in the evidence; ``None`` for no penalty.
@@ -56,26 +57,30 @@ class AnchorBasis(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("lengthscale", lengthscale), ("spread", lengthscale_spread or 1.0)):
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{name}={value!r} must be positive and finite")
+        _check_scales(lengthscale, lengthscale_spread)
         known = (*get_args(Kernel), "identity")
         if kernel not in known:
             raise ConfigError(f"basis={kernel!r}: use one of {known}")
         self.kernel, self.n_filters = kernel, n_filters
         self.lengthscale_spread = lengthscale_spread
+        self.shape = torch.Size(shape)
         dtype = torch.get_default_dtype()
-        self.pixels = nn.Buffer(grid(shape).to(dtype), persistent=False)
-        positions = place_anchors(anchors, shape, seed).to(dtype)
+        positions = place_anchors(anchors, shape, seed).to(torch.get_default_device(), dtype)
         self._log_center = math.log(lengthscale)
         if kernel == "identity":
-            if anchors != "grid" or learn_anchors:
+            if not isinstance(anchors, str) or learn_anchors:
                 raise ConfigError("basis='identity' needs anchors='grid', which do not move")
             self.register_parameter("log_lengthscale", None)
         else:
             logs = torch.full((n_filters,), self._log_center, dtype=dtype)
             self.log_lengthscale = nn.Parameter(logs)
         self.anchors = nn.Parameter(positions) if learn_anchors else nn.Buffer(positions)
+
+    @property
+    def pixels(self) -> Tensor:
+        """Positions of the pixels ``[X, d]``; no state, so that a checkpoint is complete."""
+        device = self.anchors.device
+        return grid(self.shape, dtype=accumulation_dtype(device), device=device)
 
     @property
     def n_anchors(self) -> int:
@@ -96,19 +101,34 @@ class AnchorBasis(nn.Module):
             eye = torch.eye(self.n_anchors, dtype=self.anchors.dtype, device=self.anchors.device)
             return eye.expand(self.n_filters, -1, -1)
         wide = accumulation_dtype(logs.device)
-        # beyond these bounds the filters no longer change, within them every entry is finite
-        low, high = self._log_center - _LOG_RANGE, self._log_center + _LOG_RANGE
+        low, high = map(math.log, _LENGTHSCALES)
         bounded = logs.to(wide).clamp(low, high)
         kernel = cast(Kernel, self.kernel)
-        psi = interpolation(self.pixels.to(wide), self.anchors.to(wide), bounded, kernel)
+        psi = interpolation(self.pixels, self.anchors.to(wide), bounded, kernel)
         return psi.to(self.anchors.dtype if log_lengthscale is None else wide)
 
     def square_norm(self) -> float:
-        """``|Psi|^2`` of one filter: the output variance of unit weights on white pixels."""
-        return float(self.forward().detach().square().sum()) / self.n_filters
+        """``|Psi|^2`` of one filter: the output variance of unit weights on white pixels.
+
+        Returns:
+            A positive number, the mean over filters with lengthscales of their own.
+
+        Raises:
+            ConfigError: if every filter is zero, because no anchor reaches a pixel.
+        """
+        norm = float(self.forward().detach().square().sum()) / self.n_filters
+        if norm == 0.0:
+            raise ConfigError(
+                "no anchor reaches a pixel: every filter would be zero; use a longer lengthscale, "
+                "anchors='grid', or anchors nearer to the pixels"
+            )
+        return norm
 
     def fit(self, filters: Tensor) -> Tensor:
         """Values at the anchors whose filters come closest to some filters, by least squares.
+
+        Directions that the basis damps below the resolution of the filters' dtype are left out;
+        their values would be noise.
 
         Args:
             filters: ``[G, ..., X]``.
@@ -119,7 +139,9 @@ class AnchorBasis(nn.Module):
         wide = accumulation_dtype(filters.device)
         psi = self.forward().detach().to(wide)
         flat = filters.detach().to(wide).reshape(len(filters), -1, filters.shape[-1])
-        return (flat @ torch.linalg.pinv(psi)).reshape(*filters.shape[:-1], -1).to(filters.dtype)
+        resolution = max(psi.shape[1:]) * torch.finfo(filters.dtype).eps
+        inverse = torch.linalg.pinv(psi, rtol=resolution)
+        return (flat @ inverse).reshape(*filters.shape[:-1], -1).to(filters.dtype)
 
     def log_hyperprior(self, log_lengthscale: Tensor | None = None) -> Tensor:
         """Penalty of the lengthscales in the evidence, in nats; of other ones if asked."""
@@ -131,8 +153,20 @@ class AnchorBasis(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
-        return f"{self.kernel!r}, n_anchors={self.n_anchors}, n_pixels={len(self.pixels)}" + (
+        return f"{self.kernel!r}, n_anchors={self.n_anchors}, n_pixels={self.shape.numel()}" + (
             f", n_filters={self.n_filters}" if self.n_filters > 1 else ""
+        )
+
+
+def _check_scales(lengthscale: float, spread: float | None) -> None:
+    low, high = _LENGTHSCALES
+    if not (isinstance(lengthscale, int | float) and low <= lengthscale <= high):
+        raise ConfigError(
+            f"lengthscale={lengthscale!r}: use a number of pixels from {low:g} to {high:g}"
+        )
+    if spread is not None and not (math.isfinite(spread) and spread > 0):
+        raise ConfigError(
+            f"lengthscale_spread={spread!r} must be positive and finite; None is no penalty"
         )
 
 

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from margeq.curvature.io import (
     InputRows,
@@ -96,7 +95,7 @@ def _all_rows(patches: Tensor) -> Tensor:
 
 
 class _DifferentiableRows(torch.autograd.Function):
-    """As :func:`_all_rows` for pictures, with the fast gradient of ``unfold``, once."""
+    """As :func:`_all_rows` for pictures, with the fast gradient of ``unfold``."""
 
     @staticmethod
     def forward(ctx: Any, padded: Tensor, layer: Conv) -> Tensor:
@@ -104,7 +103,6 @@ class _DifferentiableRows(torch.autograd.Function):
         return _all_rows(_patches(layer, padded)[0])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         layer = ctx.layer
         columns = grad_outputs[0].permute(0, 2, 3, 1).flatten(1, 2)

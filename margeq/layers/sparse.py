@@ -81,6 +81,10 @@ class SparseConv2d(nn.Conv2d):
         lengthscale_spread: float | str | None = "auto",
         seed: int = 0,
     ) -> None:
+        _check_sizes(
+            in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size,
+            stride=stride, dilation=dilation,
+        )  # fmt: skip
         try:
             super().__init__(
                 in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
@@ -137,6 +141,8 @@ class SparseConv2d(nn.Conv2d):
         """Normal weights under which filters have unit gain, zero biases."""
         if "basis" not in self._modules:
             return  # the parent's constructor, before there is a basis
+        if self.weight.is_meta:
+            return  # nothing to write to, and no basis to read
         with torch.no_grad():
             self.weight.normal_(0.0, self.fan_in("weight") ** -0.5)
         if self.bias is not None:
@@ -152,15 +158,20 @@ class SparseConv2d(nn.Conv2d):
 
     def filters(self) -> Tensor:
         """The filters that the layer convolves with, ``[D, C / groups, *kernel_size]``."""
-        induced = torch.einsum("dcm,dmx->dcx", self.weight, self._basis_per_output())
+        induced = torch.einsum("dcm,dmx->dcx", self.weight, self.basis().to(self.weight.dtype))
         return induced.reshape(*self.weight.shape[:2], *self.kernel_size)
-
-    def _basis_per_output(self) -> Tensor:
-        return self.basis().to(self.weight.dtype).expand(self.out_channels, -1, -1)
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve ``[n, C, H, W]`` with the filters."""
         return self._conv_forward(input, self.filters(), self.bias)
+
+
+def _check_sizes(**sizes: int | tuple[int, int]) -> None:
+    """What ``nn.Conv2d`` lets pass, and no filter can have."""
+    for name, value in sizes.items():
+        extents = value if isinstance(value, tuple) else (value,)
+        if not all(isinstance(extent, int) and extent > 0 for extent in extents):
+            raise ConfigError(f"SparseConv2d: {name}={value!r} must be positive")
 
 
 def _inputs(layer: SparseConv2d, x: Tensor, sampler: PositionSampler) -> Mapping[str, InputRows]:

@@ -20,6 +20,7 @@ from margeq.curvature.io import (
     bias_rows,
     register_split_rule,
 )
+from margeq.errors import ConfigError
 from margeq.layers.basis import AnchorBasis, lengthscale_penalty
 from margeq.layers.factored import FactoredLinear2d
 from margeq.layers.maps import MapLayer, Shape
@@ -78,7 +79,10 @@ class SparseFactoredLinear2d(MapLayer):
         seed: int = 0,
     ) -> None:
         super().__init__(in_channels, out_channels, in_shape, out_shape)
-        anchors_u, anchors_v = anchors if isinstance(anchors, tuple) else (anchors, anchors)
+        pair = anchors if isinstance(anchors, tuple) else (anchors, anchors)
+        if len(pair) != 2:
+            raise ConfigError(f"anchors={anchors!r}: a tuple is a pair (input, output)")
+        anchors_u, anchors_v = pair
         options: dict[str, Any] = {
             "learn_anchors": learn_anchors,
             "kernel": basis,
@@ -125,6 +129,8 @@ class SparseFactoredLinear2d(MapLayer):
 
     def reset_parameters(self) -> None:
         """Normal factors under which each has unit gain, zero biases."""
+        if self.weight_u.is_meta:
+            return  # nothing to write to, and no basis to read
         for name in ("weight_u", "weight_v"):
             with torch.no_grad():
                 getattr(self, name).normal_(0.0, self.fan_in(name) ** -0.5)
@@ -148,26 +154,21 @@ class SparseFactoredLinear2d(MapLayer):
 
     def hidden(self, projected: Tensor) -> Tensor:
         """The bottleneck ``h[n, d, c]`` from the input at the anchors."""
-        rows = projected.expand(-1, self.out_channels, -1, -1)
-        h = torch.einsum("ndcm,dcm->ndc", rows, self.weight_u)
+        # a basis of all outputs has d = 1, which einsum broadcasts without a copy per output
+        h = torch.einsum("ndcm,dcm->ndc", projected, self.weight_u)
         return h if self.bias_u is None else h + self.bias_u[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[n, C, *in_shape]`` to ``[n, D, *out_shape]``."""
         self.check_input(x)
         values = torch.einsum("ndc,mdc->ndm", self.hidden(self.projected(x)), self.weight_v)
-        y = torch.einsum("ndm,dmy->ndy", values, self.basis_v_per_output(x))
+        y = torch.einsum("ndm,dmy->ndy", values, self.basis_v().to(x.dtype))
         return y.reshape(len(x), self.out_channels, *self.out_shape)
-
-    def basis_v_per_output(self, like: Tensor) -> Tensor:
-        """``Psi_V [D, M_v, Y]`` in the dtype of ``like``."""
-        return self.basis_v().to(like.dtype).expand(self.out_channels, -1, -1)
 
     def induced_weight(self) -> Tensor:
         """The map as a matrix ``[D * Y, C * X]``; materialised, for reports and tests."""
-        psi_u = self.basis_u().expand(self.out_channels, -1, -1)
-        u = torch.einsum("dcm,dmx->dcx", self.weight_u, psi_u)
-        v = torch.einsum("mdc,dmy->dyc", self.weight_v, self.basis_v_per_output(u))
+        u = torch.einsum("dcm,dmx->dcx", self.weight_u, self.basis_u())
+        v = torch.einsum("mdc,dmy->dyc", self.weight_v, self.basis_v())
         return torch.einsum("dyc,dcx->dycx", v, u).flatten(2).flatten(0, 1)
 
 
@@ -200,7 +201,8 @@ def _first_factor_rows(layer: SparseFactoredLinear2d, projected: Tensor) -> Inpu
 
 def _grads(layer: SparseFactoredLinear2d, x: Tensor, grad_y: Tensor) -> Mapping[str, Tensor]:
     grads = grad_y.reshape(*grad_y.shape[:3], -1)
-    grad_v = torch.einsum("vndy,dmy->vndm", grads, layer.basis_v_per_output(grads))[:, :, None]
+    psi_v = layer.basis_v().to(grads.dtype)
+    grad_v = torch.einsum("vndy,dmy->vndm", grads, psi_v)[:, :, None]
     grad_u = torch.einsum("vntdm,mdc->vntcd", grad_v, layer.weight_v)
     own = layer.basis_u.n_filters > 1
     return {

@@ -145,24 +145,31 @@ class NetworkSteps:
         model: in place.
         hyperparameters: by name.
         options: see there.
+        parameters: as in :func:`margeq.named_weights`.
 
     Raises:
         ConfigError: if only the closed form is allowed and one of them has none.
     """
 
     def __init__(
-        self, model: nn.Module, hyperparameters: Mapping[str, Tensor], options: NetworkStepsOptions
+        self,
+        model: nn.Module,
+        hyperparameters: Mapping[str, Tensor],
+        options: NetworkStepsOptions,
+        parameters: str | Sequence[str] = "all",
     ) -> None:
-        self._model, self._options = model, options
+        self._model, self._options, self._parameters = model, options, parameters
         self._fixed: list[FixedFilters] = []
         if options.prefers_closed_form:
-            self._fixed = fixed_filters(model, hyperparameters)
+            self._fixed = fixed_filters(model, hyperparameters, parameters)
         closed = {candidate.hyperparameter for candidate in self._fixed}
         self._visited = {n: t for n, t in hyperparameters.items() if n not in closed}
         if options.method == "closed-form" and self._visited:
             raise ConfigError(
-                f"network_gradient='closed-form': {sorted(self._visited)} have none (it needs as "
-                f"many anchors as pixels, anchors='grid'); use 'auto', 'exact' or 'sketched'"
+                f"network_gradient='closed-form': {sorted(self._visited)} have none (it needs a "
+                f"lengthscale and a trained weight of one layer, with as many anchors as pixels, "
+                f"anchors='grid', at which the basis can be inverted); use 'auto', 'exact' or "
+                f"'sketched'"
             )
         self._adam = {
             name: torch.optim.Adam([tensor], lr=options.lr, maximize=True)
@@ -177,7 +184,6 @@ class NetworkSteps:
         loader: Iterable[Any],
         curvature: KfacOptions,
         *,
-        parameters: str | Sequence[str],
         batch_fn: Callable[[Any], tuple[Any, Any]] | None,
     ) -> None:
         """Move the hyperparameters, and weights whose filters are held.
@@ -185,17 +191,21 @@ class NetworkSteps:
         Raises:
             NonFiniteError: naming a hyperparameter whose gradient is not finite.
         """
-        if self._visited:
-            # other signs and other batches in every update
-            revisit = replace(self._options.revisit, seed=curvature.seed)
-            grads = network_gradient(
-                self._model, loader, state, prior, likelihood, self._visited, curvature,
-                revisit=revisit, parameters=parameters, batch_fn=batch_fn,
-            )  # fmt: skip
-            for name, grad in grads.items():
-                self._ascend(name, self._visited[name], grad)
+        # first, since these steps take the state along: it stays that of the model
         for candidate in self._fixed:
-            self._move_filters_fixed(candidate, state, prior, likelihood)
+            if state.kron[candidate.weight].n_shared > 0:  # not in a path that is off
+                state = self._move_filters_fixed(candidate, state, prior, likelihood)
+        if not self._visited:
+            return
+        # other signs and other batches in every update
+        chosen = self._options.revisit
+        revisit = replace(chosen, seed=chosen.seed + curvature.seed)
+        grads = network_gradient(
+            self._model, loader, state, prior, likelihood, self._visited, curvature,
+            revisit=revisit, parameters=self._parameters, batch_fn=batch_fn,
+        )  # fmt: skip
+        for name, grad in grads.items():
+            self._ascend(name, self._visited[name], grad)
 
     def _move_filters_fixed(
         self,
@@ -203,7 +213,8 @@ class NetworkSteps:
         state: CurvatureState,
         prior: GaussianPrior,
         likelihood: Likelihood,
-    ) -> None:
+    ) -> CurvatureState:
+        """Some steps of one lengthscale; none to where its basis can no longer be inverted."""
         logs = candidate.basis.log_lengthscale
         assert logs is not None
         for _ in range(self._options.n_steps):
@@ -214,9 +225,10 @@ class NetworkSteps:
             self._ascend(candidate.hyperparameter, logs, grad)
             after = logs.detach().clone()
             logs.data.copy_(before)
+            if not candidate.is_invertible_at(after):
+                break
             state = moved(candidate, state, after)
-            if not candidate.is_invertible:
-                return
+        return state
 
     def _ascend(self, name: str, tensor: Tensor, gradient: Tensor) -> None:
         if not torch.isfinite(gradient).all():

@@ -121,6 +121,7 @@ class _Run:
             model,
             problem.hyperparameters,
             NetworkStepsOptions(plan.network_gradient, plan.lr_hyp, plan.n_hypersteps),
+            problem.parameters,
         )
         self._switch = PathSwitch(plan.n_updates)
         self._history = History()
@@ -204,18 +205,19 @@ class _Run:
         self._history.updates.append(update)
         self._keep_best(epoch, value, spectrum)
         self._emit(Event("update", {"start": self._start.name, **vars(update)}))
-        if self._start.only is None and by_share:
-            self._switch_paths(epoch, by_share)
-        # after the kept state was copied: the evidence of this update is that before the step
+        # after the kept state was copied: the evidence of this update is that before the step;
+        # before paths are switched: the curvature is that of the present ones
         if epoch < self._p.schedule.n_epochs:
             self._step_network(epoch, state)
+        if self._start.only is None and by_share:
+            self._switch_paths(epoch, by_share)
 
     def _step_network(self, epoch: int, state: CurvatureState) -> None:
         p = self._p
         if p.hyperparameters and p.schedule.hyper_solver != "fixed":
             self._network.step(
                 state, self._prior, self._likelihood, p.marglik_loader, self._draws(epoch),
-                parameters=p.parameters, batch_fn=p.batch_fn,
+                batch_fn=p.batch_fn,
             )  # fmt: skip
 
     def _draws(self, epoch: int) -> KfacOptions:
