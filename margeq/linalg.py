@@ -192,7 +192,9 @@ def project(rows: Tensor, matrices: Tensor) -> Tensor:
         by_block = rows.permute(2, 0, 1, 3).flatten(1, 2) @ matrices.mT
         return by_block.unflatten(1, (n, t)).permute(1, 2, 0, 3)
     if rows.stride(0) == t:
-        columns = matrices @ rows.permute(2, 3, 0, 1).flatten(2)
+        columns = rows.permute(2, 3, 0, 1).flatten(2)
+        # bmm, because matmul folds a single matrix into a product with transposed copies
+        columns = torch.bmm(matrices.expand(len(columns), -1, -1), columns)
         return columns.unflatten(2, (n, t)).permute(2, 3, 0, 1)
     return (matrices @ rows.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
