@@ -12,7 +12,7 @@ from torch import nn
 
 from margeq.curvature.kron import BlockKron
 from margeq.laplace import accumulate
-from margeq.layers import FactoredLinear2d, Linear2d
+from margeq.layers import FactoredLinear2d, Linear2d, SparseConv2d, SparseFactoredLinear2d
 from margeq.likelihoods import Categorical, Gaussian
 from tests.oracles import Lambda, MeanPool, data_for, dense_blocks, errors, net, relative_error
 
@@ -216,6 +216,61 @@ def test_f_fc_with_averaged_gradient_covariance_is_inexact(name):
     paper = BlockKron(averaged, kron.input_cov, kron.n_shared, kron.layout)
     assert relative_error(paper.to_dense(), kron.to_dense()) > INEXACT
     assert relative_error(kron.to_dense(), dense) > INEXACT
+
+
+# --- S-CONV and S-FC: the same blocks between anchors
+
+LENGTHSCALES = pytest.mark.parametrize("per_filter", [False, True], ids=["layer", "filter"])
+
+
+def sparse_one_position(per_filter, groups=1):
+    options = {"padding_mode": "circular", "groups": groups, "per_filter": per_filter}
+    return SparseConv2d(2, 4, 3, padding=1, stride=3, **options)
+
+
+def sparse_factored(per_filter=False):
+    return SparseFactoredLinear2d(3, 4, (2, 3), (2, 2), anchors=(4, 3), per_filter=per_filter)
+
+
+@APPROXIMATIONS
+@LENGTHSCALES
+@pytest.mark.parametrize("groups", [1, 2], ids=["dense", "grouped"])
+def test_s_conv_one_position(approx, per_filter, groups):
+    linear = net(sparse_one_position(per_filter, groups), nn.Flatten(), nn.Linear(4, 3))
+    assert_exact(errors_of(linear, SQUARES, 5, 2, 3, 3, kfac_approx=approx))
+    model = net(*linear, nn.Tanh(), nn.Linear(3, 3))
+    assert_exact(errors_of(model, SOFTMAX, 1, 2, 3, 3, kfac_approx=approx))
+
+
+@APPROXIMATIONS
+def test_s_conv_several_data_is_inexact_otherwise(approx):
+    model = net(sparse_one_position(False), nn.Flatten(), nn.ReLU(), nn.Linear(4, 3))
+    found = errors_of(model, SOFTMAX, 5, 2, 3, 3, kfac_approx=approx)
+    assert found["0.weight"] > INEXACT
+    assert_biases_exact(found)
+
+
+def test_s_conv_with_direct_mean_one_datum_is_exact_in_reduce_only():
+    head = (MeanPool(), nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3))
+    model = net(SparseConv2d(2, 3, 3, padding=1, padding_mode="circular"), *head)
+    batch = data_for(model, SOFTMAX, 1, 2, 4, 4)
+    assert_exact(errors(model, batch, SOFTMAX, kfac_approx="reduce"))
+    assert errors(model, batch, SOFTMAX, kfac_approx="expand")["0.weight"] > INEXACT
+
+
+@LENGTHSCALES
+def test_s_fc_one_datum_any_net_or_deep_linear_with_squares(per_filter):
+    layer = sparse_factored(per_filter)
+    linear = net(layer, nn.Flatten(), nn.Linear(16, 5))
+    assert_exact(errors_of(linear, SQUARES, 9, 3, 2, 3))
+    assert_exact(errors_of(net(*linear, nn.Tanh(), nn.Linear(5, 3)), SOFTMAX, 1, 3, 2, 3))
+
+
+def test_s_fc_several_data_is_inexact_otherwise():
+    model = net(sparse_factored(), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    found = errors_of(model, SOFTMAX, 9, 3, 2, 3)
+    assert min(found["0.weight_u"], found["0.weight_v"]) > INEXACT
+    assert_biases_exact(found)
 
 
 # --- padding: the neighbouring libraries take zero-padded patches for every mode

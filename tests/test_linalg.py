@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from margeq.errors import NonFiniteError, NotPSDError, NumericalWarning
-from margeq.linalg import log_det_one_plus, psd_eigenvalues, psd_eigh, whitened
-from tests.oracles import F64
+from margeq.linalg import log_det_one_plus, project, psd_eigenvalues, psd_eigh, whitened
+from tests.oracles import F64, relative_error
 
 DECOMPOSITIONS = pytest.mark.parametrize(
     ("name", "decompose"),
@@ -86,3 +86,40 @@ def test_log_determinant_and_trace_of_one_plus_a_product(shape, scale):
     assert float(log_det_one_plus(rows)) == pytest.approx(float(values.log1p().sum()), rel=1e-12)
     trace = float(whitened(rows).square().sum())
     assert trace == pytest.approx(float((values / (1 + values)).sum()), rel=1e-12)
+
+
+LAYOUTS = {
+    "contiguous": "ntbi",
+    "positions-innermost": "bint",
+    "positions-innermost-per-datum": "nbit",
+    "data-innermost": "tbin",
+}
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one-matrix", "matrix-per-block"])
+@pytest.mark.parametrize("order", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("sizes", [(3, 5, 2, 4), (3, 1, 2, 4), (1, 5, 2, 4), (3, 5, 1, 1)], ids=str)
+def test_a_product_along_the_last_axis_in_any_memory_order(shared, order, sizes):
+    extents = dict(zip("ntbi", sizes, strict=True))
+    memory = torch.randn([extents[axis] for axis in order], dtype=F64)
+    rows = memory.permute([order.index(axis) for axis in "ntbi"]).requires_grad_()
+    matrices = torch.randn(1 if shared else sizes[2], 6, sizes[3], dtype=F64, requires_grad=True)
+    spread = matrices.expand(sizes[2], -1, -1)
+    expected = torch.einsum("bji,ntbi->ntbj", spread, rows)
+    found = project(rows, matrices)
+    assert found.shape == expected.shape
+    assert relative_error(found.detach(), expected.detach()) <= 1e-14
+    column = torch.randn_like(expected)
+    by_einsum = torch.autograd.grad(expected, [rows, matrices], column)
+    by_project = torch.autograd.grad(found, [rows, matrices], column)
+    assert max(map(relative_error, by_project, by_einsum)) <= 1e-14
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one-matrix", "matrix-per-block"])
+@pytest.mark.parametrize("order", ["bint", "nbit"])
+def test_a_product_keeps_the_memory_order(shared, order):
+    extents = {"n": 3, "t": 5, "b": 2, "i": 4}
+    memory = torch.randn([extents[axis] for axis in order], dtype=F64)
+    rows = memory.permute([order.index(axis) for axis in "ntbi"])
+    found = project(rows, torch.randn(1 if shared else 2, 6, 4, dtype=F64))
+    assert found.permute(["ntbi".index(axis) for axis in order]).is_contiguous()

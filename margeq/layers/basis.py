@@ -15,8 +15,8 @@ from margeq.linalg import accumulation_dtype
 
 __all__ = ["AnchorBasis", "lengthscale_penalty"]
 
-_LENGTHSCALES = (1e-6, 1e6)
-"""In pixels. Beyond, filters no longer change; within, every entry and derivative is finite."""
+_LENGTHSCALES = (1e-6, 1e9)
+"""In pixels. Beyond, filters hardly change; within, every entry and derivative is finite."""
 
 
 class AnchorBasis(nn.Module):
@@ -31,7 +31,7 @@ class AnchorBasis(nn.Module):
         anchors: see :func:`margeq.bases.place_anchors`.
         learn_anchors: whether the evidence moves the anchors too.
         kernel: ``"rbf"``, ``"exponential"``, or ``"identity"`` for one free value per pixel.
-        lengthscale: initial value, in pixels, from 1e-6 to 1e6.
+        lengthscale: initial value, in pixels, from 1e-6 to 1e9.
         n_filters: ``G``, number of lengthscales.
         lengthscale_spread: standard deviation of the normal prior of ``log l`` around its initial
             value, a penalty in the evidence; ``None`` for no penalty.

@@ -85,6 +85,8 @@ class SparseConv2d(nn.Conv2d):
             in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size,
             stride=stride, dilation=dilation,
         )  # fmt: skip
+        if not isinstance(padding, str):
+            _check_sizes(smallest=0, padding=padding)
         try:
             super().__init__(
                 in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
@@ -166,12 +168,14 @@ class SparseConv2d(nn.Conv2d):
         return self._conv_forward(input, self.filters(), self.bias)
 
 
-def _check_sizes(**sizes: int | tuple[int, int]) -> None:
-    """What ``nn.Conv2d`` lets pass, and no filter can have."""
+def _check_sizes(smallest: int = 1, **sizes: int | tuple[int, int]) -> None:
+    """Refuse what ``nn.Conv2d`` lets pass and then trips over, if it does not compute nonsense."""
     for name, value in sizes.items():
         extents = value if isinstance(value, tuple) else (value,)
-        if not all(isinstance(extent, int) and extent > 0 for extent in extents):
-            raise ConfigError(f"SparseConv2d: {name}={value!r} must be positive")
+        if not all(isinstance(extent, int) and extent >= smallest for extent in extents):
+            raise ConfigError(
+                f"SparseConv2d: {name}={value!r} needs whole numbers of at least {smallest}"
+            )
 
 
 def _inputs(layer: SparseConv2d, x: Tensor, sampler: PositionSampler) -> Mapping[str, InputRows]:
