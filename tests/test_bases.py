@@ -282,3 +282,36 @@ def test_anchors_of_a_factored_map_come_in_pairs():
         SparseFactoredLinear2d(2, 3, (3, 3), (2, 2), anchors=(0.5,))
     with pytest.raises(ConfigError, match=r"shape \(2, 2\): use \[M, 1\] positions"):
         SparseFactoredLinear2d(2, 3, (3, 3), 4, anchors=torch.zeros(2, 2))
+
+
+def test_a_basis_that_stands_still_is_computed_once():
+    basis = AnchorBasis((3, 3), anchors="grid").requires_grad_(False)
+    first = basis()
+    assert basis() is first
+    with torch.no_grad():
+        basis.log_lengthscale += 0.5
+    second = basis()
+    assert not torch.equal(second, first)
+    basis.anchors = torch.nn.Buffer(basis.anchors + 0.1)
+    assert not torch.equal(basis(), second)
+    basis.log_lengthscale.data = basis.log_lengthscale.data - 1.0
+    third = basis()
+    assert torch.equal(third, basis(basis.log_lengthscale).to(third.dtype))
+    assert deepcopy(basis)._remembered is None
+    basis.double()
+    assert basis().dtype == torch.float64
+
+
+def test_a_remembered_basis_never_enters_a_function_transform():
+    basis = AnchorBasis((3, 3)).requires_grad_(False)
+    plain = basis()
+    other = {"log_lengthscale": basis.log_lengthscale + 0.3}
+    called = torch.func.functional_call(basis, other, ())
+    assert not torch.equal(called, plain)
+    torch.testing.assert_close(basis(), plain)
+    many = torch.stack([basis.log_lengthscale, basis.log_lengthscale + 0.3])
+    stacked = torch.func.vmap(
+        lambda logs: torch.func.functional_call(basis, {"log_lengthscale": logs}, ())
+    )(many)
+    torch.testing.assert_close(stacked, torch.stack([plain, called]))
+    torch.testing.assert_close(basis(), plain)

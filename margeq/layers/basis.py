@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, cast, get_args
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,11 @@ class AnchorBasis(nn.Module):
             logs = torch.full((n_filters,), self._log_center, dtype=dtype)
             self.log_lengthscale = nn.Parameter(logs)
         self.anchors = nn.Parameter(positions) if learn_anchors else nn.Buffer(positions)
+        self._remembered: _Remembered | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what can be computed again."""
+        return self.__dict__ | {"_remembered": None}
 
     @property
     def pixels(self) -> Tensor:
@@ -96,6 +102,23 @@ class AnchorBasis(nn.Module):
 
     def forward(self, log_lengthscale: Tensor | None = None) -> Tensor:
         """``Psi [G, M, X]``, at other lengthscales than the present ones if asked."""
+        if log_lengthscale is not None or self._is_moving:
+            return self._computed(log_lengthscale)
+        # training meets the same basis in every step, and its factorisation may cost as much
+        tensors = [t for t in (self.log_lengthscale, self.anchors) if t is not None]
+        if not all(_is_plain(tensor) for tensor in tensors):
+            return self._computed(None)
+        if self._remembered is None or not self._remembered.holds_for(tensors):
+            values = [tensor.clone() for tensor in tensors]
+            self._remembered = _Remembered(tensors, values, self._computed(None))
+        return self._remembered.psi
+
+    @property
+    def _is_moving(self) -> bool:
+        tensors = (self.log_lengthscale, self.anchors)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+    def _computed(self, log_lengthscale: Tensor | None) -> Tensor:
         logs = self.log_lengthscale if log_lengthscale is None else log_lengthscale
         if logs is None:
             eye = torch.eye(self.n_anchors, dtype=self.anchors.dtype, device=self.anchors.device)
@@ -156,6 +179,32 @@ class AnchorBasis(nn.Module):
         return f"{self.kernel!r}, n_anchors={self.n_anchors}, n_pixels={self.shape.numel()}" + (
             f", n_filters={self.n_filters}" if self.n_filters > 1 else ""
         )
+
+
+@dataclass(frozen=True)
+class _Remembered:
+    """A basis, and what it was computed from: the tensors themselves and their values then."""
+
+    tensors: list[Tensor]
+    values: list[Tensor]
+    psi: Tensor
+
+    def holds_for(self, tensors: list[Tensor]) -> bool:
+        """Whether the same tensors still have the same values; writing to them leaves no trace."""
+        return all(
+            tensor is own
+            and (tensor.dtype, tensor.device) == (value.dtype, value.device)
+            and torch.equal(tensor, value)
+            for tensor, own, value in zip(tensors, self.tensors, self.values, strict=True)
+        )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has values of its own, and is not inside a function transform."""
+    try:
+        return tensor.data_ptr() != 0 and not tensor.is_meta
+    except RuntimeError:
+        return False
 
 
 def _check_scales(lengthscale: float, spread: float | None) -> None:
