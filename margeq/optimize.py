@@ -108,6 +108,7 @@ def optimize_marglik(
             with precisions and noise as they begin.
         hyperparameters: leaf tensors that the model's output depends on, besides those that
             its layers declare: the evidence alone moves them, the training loss never does.
+            A parameter that no layer declares counts as a weight again afterwards: freeze it.
         network_gradient: how their gradient is found: ``"exact"`` (two-phase pass), ``"sketched"``
             (one random column on a tenth of the batches), ``"closed-form"`` (lengthscales at
             fixed filters), ``"auto"`` (closed form where it exists, sketched elsewhere), or a

@@ -193,3 +193,46 @@ def test_check_layer_needs_an_input_of_two_data():
         check_layer(nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="at least 2 data"):
         check_layer(nn.Linear(2, 2), torch.zeros(1, 2))
+
+
+class Warped(nn.Module):
+    """y = (x * gain(eta)) W, with a declared hyperparameter."""
+
+    hyperparameter_names = ("log_gain",)
+
+    def __init__(self, rank=4):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(rank))
+        self.log_gain = nn.Parameter(torch.zeros(rank))
+
+    def warped(self, x):
+        return x * self.log_gain.exp()
+
+    def forward(self, x):
+        return self.scale * self.warped(x)
+
+
+class Cut(Warped):
+    def warped(self, x):
+        return x * self.log_gain.detach().exp()
+
+
+def warped_rule(layer, x, grad_y):
+    return {"scale": diagonal_rule(layer, layer.warped(x), grad_y)["scale"]}
+
+
+def rule_that_cuts(layer, x, grad_y):
+    return {"scale": diagonal_rule(layer, layer.warped(x).detach(), grad_y)["scale"]}
+
+
+def test_a_layer_with_a_hyperparameter_keeps_the_contract():
+    register_kfac_rule(Warped)(warped_rule)
+    check_layer(LayerCase("my layer", Warped, (3, 4)))
+
+
+@pytest.mark.parametrize("broken", ["layer", "rule"])
+def test_a_detached_hyperparameter_breaks_the_contract(broken):
+    kind = type("Broken", (Cut if broken == "layer" else Warped,), {})
+    register_kfac_rule(kind)(warped_rule if broken == "layer" else rule_that_cuts)
+    with pytest.raises(ContractError, match=r"'The evidence gradient of every .*'log_gain' along"):
+        check_layer(LayerCase("my layer", kind, (3, 4)))

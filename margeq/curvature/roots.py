@@ -172,7 +172,7 @@ class SketchedRoot:
     def __init__(self, root: Root, keys: Tensor, n_samples: int) -> None:
         self._root = root
         draws = uniforms(keys, _SIGN_STREAM, root.n_columns * n_samples)
-        signs = torch.where(draws < 0.5, -1.0, 1.0) / n_samples**0.5
+        signs = torch.where(draws < 0.5, -1.0, 1.0).to(draws.dtype) / n_samples**0.5
         self._signs = signs.reshape(len(keys), n_samples, root.n_columns)
         self.n_columns = n_samples
 

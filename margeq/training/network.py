@@ -53,8 +53,8 @@ def collect_hyperparameters(model: nn.Module, further: Sequence[Tensor]) -> dict
     """
     found: dict[str, Tensor] = dict(named_hyperparameters(model))
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
-    if isinstance(further, Tensor):
-        raise ConfigError("hyperparameters is a tensor; pass a list of tensors")
+    if isinstance(further, Tensor) or not isinstance(further, Iterable):
+        raise ConfigError(f"hyperparameters is a {type(further).__name__}; pass a list of tensors")
     for index, tensor in enumerate(further):
         if not (isinstance(tensor, Tensor) and tensor.is_leaf and tensor.is_floating_point()):
             raise ConfigError(

@@ -75,7 +75,7 @@ class Problem:
     schedule: Schedule
     n_data: int
     seed: int
-    cache: InputCovCache
+    cache: InputCovCache | None
     hyperparameters: Mapping[str, Tensor]
 
     @property
@@ -128,8 +128,19 @@ def first_look(
         train_loader if marglik_loader is None else marglik_loader,
         batch_fn, likelihood, built, by_function, scale,
         units,
-        options, schedule, n_data, seed, InputCovCache(), hyperparameters,
+        options, schedule, n_data, seed, _cache(model, hyperparameters), hyperparameters,
     )  # fmt: skip
+
+
+def _cache(model: nn.Module, hyperparameters: Mapping[str, Tensor]) -> InputCovCache | None:
+    """None with tensors that no layer declares: any layer's rule may read them."""
+    declared = {
+        id(getattr(module, name))
+        for module in model.modules()
+        for name in getattr(module, "hyperparameter_names", ())
+    }
+    known = all(id(tensor) in declared for tensor in hyperparameters.values())
+    return InputCovCache() if known else None
 
 
 def _warn_unseen(loader: Iterable[Any], n_data: int) -> None:

@@ -1,12 +1,11 @@
-"""The contract of a layer type, as one call: ``margeq.testing.check_layer``.
+"""The contract of a layer type, as one call, and every promise in it.
 
 The checks run in float64 on one core within a second for layers of up to some hundred weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -14,43 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from margeq.accumulation import CurvatureState, accumulate
-from margeq.curvature.capture import Use, backpropagate, check_rules, eval_mode, record
+from margeq.adjoint import network_gradient
+from margeq.curvature.capture import Use, backpropagate, check_rules, eval_mode
 from margeq.curvature.exact import ggn
 from margeq.curvature.io import InputRows, LinearIO
 from margeq.curvature.kron import BlockKron
-from margeq.errors import ConfigError, MargeqError
+from margeq.curvature.options import KfacOptions
+from margeq.errors import ConfigError
+from margeq.laplace import log_marginal_likelihood
 from margeq.likelihoods import Categorical
-from margeq.parameters import named_weights
+from margeq.parameters import named_hyperparameters, named_weights
+from margeq.priors import GaussianPrior
+from margeq.testing.subject import TOLERANCE, LayerCase, Subject, require, require_close
 
-__all__ = ["ContractError", "LayerCase", "block_mask", "check_layer"]
+__all__ = ["block_mask", "check_layer"]
 
-_TOLERANCE = 1e-10
-_N_CLASSES = 4
-
-
-class ContractError(MargeqError, AssertionError):
-    """A layer type breaks a contract; names the layer, the contract and the difference."""
-
-
-@dataclass(frozen=True)
-class LayerCase:
-    """One configuration of a layer type, small enough for a dense curvature matrix.
-
-    Attributes:
-        name: for messages and test ids.
-        make: builds the layer.
-        input_shape: shape of an example input, the data axis (at least 2 data) included.
-        shared: weights that one datum uses at several positions, by local name. The curvature
-            of every other weight has to be exact for a single datum; biases always.
-        linear: whether the layer is linear in its input, up to its biases.
-    """
-
-    name: str
-    make: Callable[[], nn.Module]
-    input_shape: tuple[int, ...]
-    shared: tuple[str, ...] = ()
-    linear: bool = True
+_STEP = 1e-5
 
 
 def check_layer(
@@ -65,7 +43,8 @@ def check_layer(
     Per-sample gradients by the curvature rule equal autograd's; the layer is linear in its input
     and equals its ``induced_weight()`` (if it has one); a rule's inputs at sampled positions are
     those of all positions; the Kronecker curvature equals the dense one where it has to, and so do
-    its log-determinant and effective number of parameters; state dict, ``deepcopy``, dtype,
+    its log-determinant and effective number of parameters; the evidence gradient of each declared
+    hyperparameter equals its central difference; state dict, ``deepcopy``, dtype,
     ``functional_call`` and ``vmap`` work; flags and hooks are left as they were.
 
     Args:
@@ -90,7 +69,7 @@ def check_layer(
         case = LayerCase(name, lambda: deepcopy(layer), shape, shared, linear)
     if case.input_shape[0] < 2:
         raise ConfigError(f"{case.name}: input_shape={case.input_shape} needs at least 2 data")
-    subject = _Subject(case)
+    subject = Subject(case)
     for check in _CHECKS:
         with subject.contract(check.__doc__ or check.__name__):
             check(subject)
@@ -107,86 +86,10 @@ def block_mask(kron: BlockKron) -> Tensor:
     return ones.to_dense()
 
 
-class _WithHead(nn.Module):
-    """The layer under a fixed non-linear head with softmax outputs."""
-
-    def __init__(self, layer: nn.Module, projection: Tensor) -> None:
-        super().__init__()
-        self.layer = layer
-        self.projection = nn.Buffer(projection)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.layer(x)).flatten(1) @ self.projection
-
-
-class _Subject:
-    """The layer of a case in float64, with random weights, inputs and a head."""
-
-    def __init__(self, case: LayerCase) -> None:
-        self.case = case
-        self._generator = torch.Generator().manual_seed(1)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            self.layer = case.make().double()
-        for parameter in self.layer.parameters():
-            parameter.data = self.random(*parameter.shape)
-        self.x = self.random(*case.input_shape)
-
-    def random(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self._generator, dtype=torch.float64)
-
-    @contextmanager
-    def contract(self, title: str) -> Iterator[None]:
-        """Turn any failure inside into a ContractError that names layer and contract."""
-        label = f"{self.case.name} ({type(self.layer).__name__})"
-        title = title.rstrip(".")
-        try:
-            yield
-        except _BrokenError as error:
-            raise ContractError(f"{label} breaks the contract {title!r}: {error}") from None
-        except Exception as error:
-            message = f"{label} breaks the contract {title!r}: {type(error).__name__}: {error}"
-            raise ContractError(message) from error
-
-    def uses(self, x: Tensor) -> tuple[Tensor, list[Use]]:
-        """One recorded forward of the layer alone."""
-        with eval_mode(self.layer), record(self.layer, named_weights(self.layer)) as uses:
-            y = self.layer(x)
-        return y, uses
-
-    def with_head(self) -> _WithHead:
-        features = self.layer(self.x[:1]).numel()
-        return _WithHead(self.layer, self.random(features, _N_CLASSES) / features**0.5)
-
-    def state(self, model: nn.Module, n_data: int) -> CurvatureState:
-        labels = torch.zeros(n_data, dtype=torch.long)
-        return accumulate(model, [(self.x[:n_data], labels)], "classification")
-
-
-class _BrokenError(Exception):
-    """What differs, without the name of the layer."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise _BrokenError(message)
-
-
-def _require_close(what: str, found: Tensor, expected: Tensor, tol: float = _TOLERANCE) -> None:
-    _require(
-        found.shape == expected.shape,
-        f"{what} has shape {tuple(found.shape)}, expected {tuple(expected.shape)}",
-    )
-    difference = float((found - expected).detach().norm())
-    scale = float(expected.detach().norm())
-    close = difference <= tol * scale + 1e-12
-    _require(close, f"{what} differs by {difference:.2g}, its size is {scale:.2g}")
-
-
-def _check_gradients(subject: _Subject) -> None:
+def _check_gradients(subject: Subject) -> None:
     """Per-sample gradients by the rule are those of autograd."""
     weights = named_weights(subject.layer)
-    _require(bool(weights), "the layer has no trainable weight")
+    require(bool(weights), "the layer has no trainable weight")
     y, uses = subject.uses(subject.x)
     column = subject.random(*y.shape)
     by_rule = _per_sample_by_rule(uses, backpropagate(y, uses, column))
@@ -194,13 +97,13 @@ def _check_gradients(subject: _Subject) -> None:
         value = (subject.layer(subject.x[n : n + 1]) * column[n : n + 1]).sum()
         by_autograd = torch.autograd.grad(value, list(weights.values()))
         for (name, weight), expected in zip(weights.items(), by_autograd, strict=True):
-            _require(name in by_rule, f"the rule says nothing about {name!r}")
+            require(name in by_rule, f"the rule says nothing about {name!r}")
             found = by_rule[name][n]
-            _require(
+            require(
                 found.numel() == weight.numel(),
                 f"the rule of {name!r} covers {found.numel()} weights of {weight.numel()}",
             )
-            _require_close(f"gradient of {name!r} at datum {n}", found.reshape_as(weight), expected)
+            require_close(f"gradient of {name!r} at datum {n}", found.reshape_as(weight), expected)
     check_rules(subject.layer, weights, subject.x)
 
 
@@ -220,7 +123,7 @@ def _per_sample_by_rule(uses: list[Use], grads: list[Tensor | None]) -> dict[str
     return total
 
 
-def _check_linearity(subject: _Subject) -> None:
+def _check_linearity(subject: Subject) -> None:
     """The layer is linear in its input, and its induced weight is that map."""
     if not subject.case.linear:
         return
@@ -229,14 +132,14 @@ def _check_linearity(subject: _Subject) -> None:
         offset = subject.layer(torch.zeros_like(x))
         mapped, other_mapped = subject.layer(x) - offset, subject.layer(other) - offset
         mixed = subject.layer(0.7 * x - 1.3 * other) - offset
-    _require_close("f(a x + b x') - f(0)", mixed, 0.7 * mapped - 1.3 * other_mapped)
+    require_close("f(a x + b x') - f(0)", mixed, 0.7 * mapped - 1.3 * other_mapped)
     induced_weight: Any = getattr(subject.layer, "induced_weight", None)
     if induced_weight is not None:
         matrix = induced_weight()
-        _require_close("induced_weight() @ x", x.flatten(1) @ matrix.mT, mapped.flatten(1))
+        require_close("induced_weight() @ x", x.flatten(1) @ matrix.mT, mapped.flatten(1))
 
 
-def _check_inputs(subject: _Subject) -> None:
+def _check_inputs(subject: Subject) -> None:
     """Inputs at sampled positions are those of all positions, in any memory format."""
     strided = subject.x.movedim(1, -1).contiguous().movedim(-1, 1)
     _, uses = subject.uses(subject.x)
@@ -245,7 +148,7 @@ def _check_inputs(subject: _Subject) -> None:
         full = use.rule.io(use.layer, use.x, torch.zeros_like(use.y)[None])
         for x, fraction in ((use.x, 1.0), (use.x, 0.5), (other.x, 1.0), (other.x, 0.5)):
             sampled = use.rule.inputs(use.layer, x, _Sampler(len(x), fraction))
-            _require(set(sampled) == set(full), f"rule names {set(sampled)} and {set(full)}")
+            require(set(sampled) == set(full), f"rule names {set(sampled)} and {set(full)}")
             for name, io in full.items():
                 _compare_inputs(name, sampled[name], io, fraction)
 
@@ -266,7 +169,7 @@ class _Sampler:
 
 def _compare_inputs(name: str, sampled: InputRows, io: LinearIO, fraction: float) -> None:
     n_data, n_positions = io.inputs.shape[:2]
-    _require(
+    require(
         (sampled.n_positions, sampled.layout, sampled.is_bias)
         == (n_positions, io.layout, io.is_bias),
         f"inputs of {name!r} say {sampled.n_positions} positions, layout {sampled.layout}, "
@@ -276,10 +179,10 @@ def _compare_inputs(name: str, sampled: InputRows, io: LinearIO, fraction: float
     positions = _Sampler(n_data, fraction)(n_positions)
     if positions is not None and sampled.rows.shape[1] == positions.shape[1]:
         expected = expected[torch.arange(n_data)[:, None], positions]
-    _require_close(f"inputs of {name!r} at {fraction:.0%} of the positions", sampled.rows, expected)
+    require_close(f"inputs of {name!r} at {fraction:.0%} of the positions", sampled.rows, expected)
 
 
-def _check_exactness(subject: _Subject) -> None:
+def _check_exactness(subject: Subject) -> None:
     """The curvature of a single datum is exact, except for declared shared weights."""
     model = subject.with_head()
     krons = subject.state(model, 1).kron
@@ -292,43 +195,67 @@ def _check_exactness(subject: _Subject) -> None:
         if local not in subject.case.shared:
             expected = block_mask(kron) * block
             what = f"curvature of {local!r} for one datum (is it used at several positions?)"
-            _require_close(what, kron.to_dense(), expected)
+            require_close(what, kron.to_dense(), expected)
 
 
-def _check_eigenvalues(subject: _Subject) -> None:
+def _check_eigenvalues(subject: Subject) -> None:
     """Log-determinant and effective number agree with the dense curvature."""
     for name, kron in subject.state(subject.with_head(), len(subject.x)).kron.items():
         dense, log_values = kron.to_dense(), kron.log_eigenvalues(name)[0].flatten()
         eye = torch.eye(len(dense), dtype=dense.dtype)
         values = log_values.exp()
-        _require_close(f"log det of {name!r}", values.log1p().sum(), torch.logdet(eye + dense))
+        require_close(f"log det of {name!r}", values.log1p().sum(), torch.logdet(eye + dense))
         effective = torch.linalg.solve(eye + dense, dense).trace()
-        _require_close(f"effective number of {name!r}", (values / (1 + values)).sum(), effective)
+        require_close(f"effective number of {name!r}", (values / (1 + values)).sum(), effective)
 
 
-def _check_module(subject: _Subject) -> None:
+def _check_hyperparameters(subject: Subject) -> None:
+    """The evidence gradient of every declared hyperparameter is the central difference."""
+    model, n_data = subject.with_head(), len(subject.x)
+    prior, likelihood, inside = GaussianPrior(model), Categorical(), named_hyperparameters(model)
+    if not inside:
+        return
+    state, batches = subject.state(model, n_data), subject.batches(n_data)
+    found = network_gradient(model, batches, state, prior, likelihood, inside, KfacOptions())
+    for name, tensor in inside.items():
+        direction, kept = subject.random(*tensor.shape), tensor.detach().clone()
+        rise = torch.zeros((), dtype=kept.dtype)
+        for step in (_STEP, -_STEP):
+            tensor.data = kept + step * direction
+            moved = subject.state(model, n_data)
+            rise = rise + log_marginal_likelihood(moved, prior, likelihood) / (2.0 * step)
+        tensor.data = kept
+        slope, rise = float((found[name] * direction).sum()), float(rise.detach())
+        require(
+            abs(slope - rise) <= 1e-6 * abs(rise) + 1e-7,
+            f"gradient of {name.removeprefix('layer.')!r} along a random direction is "
+            f"{slope:.8g}, the central difference {rise:.8g} (detached, or used in a rule only?)",
+        )
+
+
+def _check_module(subject: Subject) -> None:
     """State dict and deepcopy give the same function, independent of the original."""
     expected = subject.layer(subject.x)
     loaded = subject.case.make().double()
     loaded.load_state_dict(subject.layer.state_dict())
     copied = deepcopy(subject.layer)
-    _require_close("output after load_state_dict", loaded(subject.x), expected)
-    _require_close("output of a deepcopy", copied(subject.x), expected)
+    require_close("output after load_state_dict", loaded(subject.x), expected)
+    require_close("output of a deepcopy", copied(subject.x), expected)
     with torch.no_grad():
         for parameter in copied.parameters():
             parameter.fill_(float("nan"))
-    _require_close("output after its deepcopy changed", subject.layer(subject.x), expected)
+    require_close("output after its deepcopy changed", subject.layer(subject.x), expected)
 
 
-def _check_dtypes(subject: _Subject) -> None:
+def _check_dtypes(subject: Subject) -> None:
     """Float32 and float64 inputs give outputs of their own dtype."""
-    for dtype, tol in ((torch.float32, 1e-4), (torch.float64, _TOLERANCE)):
+    for dtype, tol in ((torch.float32, 1e-4), (torch.float64, TOLERANCE)):
         y = deepcopy(subject.layer).to(dtype)(subject.x.to(dtype))
-        _require(y.dtype == dtype, f"{dtype} input gives {y.dtype} output")
-        _require_close(f"output in {dtype}", y.double(), subject.layer(subject.x), tol)
+        require(y.dtype == dtype, f"{dtype} input gives {y.dtype} output")
+        require_close(f"output in {dtype}", y.double(), subject.layer(subject.x), tol)
 
 
-def _check_functional(subject: _Subject) -> None:
+def _check_functional(subject: Subject) -> None:
     """functional_call, and vmap over the batch, give the same function."""
     layer = subject.layer
     tensors = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
@@ -340,11 +267,11 @@ def _check_functional(subject: _Subject) -> None:
     twin = deepcopy(layer)
     twin.load_state_dict({**layer.state_dict(), **doubled})
     called = torch.func.functional_call(layer, doubled, (subject.x,))
-    _require_close("output of functional_call", called, twin(subject.x))
-    _require_close("output of vmap", torch.func.vmap(one)(subject.x), layer(subject.x))
+    require_close("output of functional_call", called, twin(subject.x))
+    require_close("output of vmap", torch.func.vmap(one)(subject.x), layer(subject.x))
 
 
-def _check_untouched(subject: _Subject) -> None:
+def _check_untouched(subject: Subject) -> None:
     """A curvature pass leaves weights, train/eval flags, gradients and hooks as they were."""
     model = subject.with_head()
     for number, module in enumerate(model.modules()):
@@ -352,9 +279,9 @@ def _check_untouched(subject: _Subject) -> None:
     before = _snapshot(model)
     values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     subject.state(model, len(subject.x))
-    _require(_snapshot(model) == before, "flags, gradients or hooks have changed")
+    require(_snapshot(model) == before, "flags, gradients or hooks have changed")
     for name, tensor in model.state_dict().items():
-        _require(torch.equal(tensor, values[name]), f"{name!r} has changed")
+        require(torch.equal(tensor, values[name]), f"{name!r} has changed")
 
 
 def _snapshot(model: nn.Module) -> list[object]:
@@ -362,12 +289,13 @@ def _snapshot(model: nn.Module) -> list[object]:
     return [*modules, *((p.grad is None, p.requires_grad) for p in model.parameters())]
 
 
-_CHECKS: tuple[Callable[[_Subject], None], ...] = (
+_CHECKS: tuple[Callable[[Subject], None], ...] = (
     _check_gradients,
     _check_linearity,
     _check_inputs,
     _check_exactness,
     _check_eigenvalues,
+    _check_hyperparameters,
     _check_module,
     _check_dtypes,
     _check_functional,
