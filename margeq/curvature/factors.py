@@ -184,7 +184,7 @@ class FactorSums:
                 continue
             by_name = use.rule.output_grads(use.layer, use.x, grad[None])
             for local, name in use.names.items():
-                values = _promoted(by_name[local][0])
+                values = _promoted(by_name[local].squeeze(0))
                 if self._reduces(name):
                     values = values.sum(1, keepdim=True) if values.shape[1] > 1 else values
                     sums[name] = sums[name] + values if name in sums else values
