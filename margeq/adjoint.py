@@ -12,7 +12,7 @@ at fixed weights. With the exact root it equals full double back-propagation thr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -134,18 +134,35 @@ def network_gradient(
         )
     weights = weights_with_rules(model, parameters, options)
     device = next(model.parameters()).device
-    with eval_mode(model), thawed(hyperparameters), torch.enable_grad():
+    with ExitStack() as stack:
+        stack.enter_context(eval_mode(model))
+        stack.enter_context(thawed(hyperparameters))
+        stack.enter_context(torch.enable_grad())
         visitor = _Visitor(
             model, weights, likelihood, options, revisit,
-            _cotangents(state, prior, likelihood), hyperparameters,
+            _cotangents(state, prior, likelihood), hyperparameters, _pinned(model, stack),
         )  # fmt: skip
         period = revisit.period(loader)
         for batch in read_batches(loader, device, batch_fn):
             if batch.index % period == revisit.seed % period:
                 visitor.add(batch)
         visitor.rescale(period)
-        visitor.add_hyperprior()
+        visitor.add_what_is_not_data()
     return visitor.total
+
+
+def _pinned(model: nn.Module, stack: ExitStack) -> list[tuple[Tensor, Tensor]]:
+    """Quantities that layers compute from hyperparameters alone, and the leaves in their place.
+
+    A layer offers them by a context manager ``pinned()``, see ``AnchorBasis``; what it computes
+    is then computed, and differentiated, once for all batches and columns.
+
+    Returns:
+        Pairs of a quantity with its graph and the leaf; only where a hyperparameter is behind it.
+    """
+    offers = [module.pinned for module in model.modules() if hasattr(module, "pinned")]
+    pairs = [stack.enter_context(offer()) for offer in offers]  # pyright: ignore[reportCallIssue]
+    return [(value, leaf) for value, leaf in pairs if leaf.requires_grad]
 
 
 @contextmanager
@@ -195,12 +212,19 @@ class _Visitor:
         revisit: Revisit,
         cotangents: _Cotangents,
         hyperparameters: Mapping[str, Tensor],
+        pinned: Sequence[tuple[Tensor, Tensor]],
     ) -> None:
         self._model, self._weights, self._likelihood = model, weights, likelihood
         self._options, self._revisit, self._cotangents = options, revisit, cotangents
-        self._names, self._leaves = list(hyperparameters), list(hyperparameters.values())
-        self.total = {name: torch.zeros_like(leaf) for name, leaf in hyperparameters.items()}
+        self._names, self._pinned = list(hyperparameters), pinned
+        self._leaves = [*hyperparameters.values(), *(leaf for _, leaf in pinned)]
+        self._totals = [torch.zeros_like(leaf) for leaf in self._leaves]
         self._is_empty = True
+
+    @property
+    def total(self) -> dict[str, Tensor]:
+        """The gradient in each hyperparameter."""
+        return dict(zip(self._names, self._totals, strict=False))
 
     def add(self, batch: Batch) -> None:
         """One backward pass per column, then one for everything that depends on the forward."""
@@ -258,9 +282,9 @@ class _Visitor:
             pull.outputs, [*self._leaves, *further], pull.cotangents,
             retain_graph=True, allow_unused=True,
         )  # fmt: skip
-        for name, grad in zip(self._names, grads, strict=False):
+        for total, grad in zip(self._totals, grads, strict=False):
             if grad is not None:
-                self.total[name] += grad
+                total += grad
         return grads[-1] if further else None
 
     def rescale(self, period: int) -> None:
@@ -270,13 +294,15 @@ class _Visitor:
                 f"one of {period} batches should have been visited, and there was none; the loader "
                 f"has to yield as many batches in each pass as its length says"
             )
-        for name in self._names:
-            self.total[name] *= period
+        for total in self._totals:
+            total *= period
 
-    def add_hyperprior(self) -> None:
-        """The penalty of the hyperparameters themselves, once."""
+    def add_what_is_not_data(self) -> None:
+        """The penalty of the hyperparameters, and the ways that end at pinned leaves; once."""
         pull = _Pull()
         pull.add(log_hyperprior(self._model), torch.ones(()))
+        for (value, _), total in zip(self._pinned, self._totals[len(self._names) :], strict=True):
+            pull.add(value, total.clone())
         self._pull(pull)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast, get_args
 
@@ -77,10 +78,11 @@ class AnchorBasis(nn.Module):
             self.log_lengthscale = nn.Parameter(logs)
         self.anchors = nn.Parameter(positions) if learn_anchors else nn.Buffer(positions)
         self._remembered: _Remembered | None = None
+        self._pinned: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what can be computed again."""
-        return self.__dict__ | {"_remembered": None}
+        return self.__dict__ | {"_remembered": None, "_pinned": None}
 
     @property
     def pixels(self) -> Tensor:
@@ -102,6 +104,8 @@ class AnchorBasis(nn.Module):
 
     def forward(self, log_lengthscale: Tensor | None = None) -> Tensor:
         """``Psi [G, M, X]``, at other lengthscales than the present ones if asked."""
+        if log_lengthscale is None and self._pinned is not None:
+            return self._pinned
         if log_lengthscale is not None or self._is_moving:
             return self._computed(log_lengthscale)
         # training meets the same basis in every step, and its factorisation may cost as much
@@ -112,6 +116,22 @@ class AnchorBasis(nn.Module):
             values = [tensor.clone() for tensor in tensors]
             self._remembered = _Remembered(tensors, values, self._computed(None))
         return self._remembered.psi
+
+    @contextmanager
+    def pinned(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The basis computed once, and a leaf in its place while the context is open.
+
+        Gradients then end at the leaf, and can go back to the lengthscales once in the end.
+
+        Yields:
+            The basis with its graph, and the leaf.
+        """
+        psi = self._computed(None)
+        self._pinned = psi.detach().requires_grad_(psi.requires_grad)
+        try:
+            yield psi, self._pinned
+        finally:
+            self._pinned = None
 
     @property
     def _is_moving(self) -> bool:
