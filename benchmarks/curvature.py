@@ -35,7 +35,8 @@ def curvature_jobs(model: nn.Module, batches: Batches) -> list[Job]:
     """Curvature updates: one accumulation and its eigenvalue decomposition."""
 
     def update(**options: Any) -> Spectrum:
-        return decompose(accumulate(model, batches, _LIKELIHOOD, **options))
+        # as training does it, which has compared the rules with autograd before
+        return decompose(accumulate_with(model, batches, _LIKELIHOOD, KfacOptions(**options)))
 
     cache = InputCovCache()
     draws = KfacOptions(hessian_root="mc", position_fraction=0.1)

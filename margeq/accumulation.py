@@ -18,6 +18,7 @@ from margeq.batches import Batch, read_batches
 from margeq.curvature.capture import (
     Use,
     backpropagate,
+    check_calls,
     eval_mode,
     forward,
     record,
@@ -57,7 +58,7 @@ class CurvatureState:
         square_norms: squared Euclidean norm per weight tensor.
         flavour: how the curvature was approximated.
         captured_trace: share of the output Hessian's trace that the root kept.
-        checksum: order-independent checksum of the inputs.
+        checksum: order-independent checksum of inputs and targets.
         log_hyperprior: penalty of the hyperparameters inside the network, in nats.
     """
 
@@ -135,6 +136,8 @@ def accumulate(
         DataError: for batches that cannot be used.
         MissingRuleError: for a trainable weight without a curvature rule.
         NonFiniteError: for outputs that are NaN or infinite.
+        UnsupportedLayerError: for a weight whose gradient its rule does not explain, for instance
+            one that is also used outside its module.
     """
     options = KfacOptions(
         hessian_root, mc_samples, captured_trace, kfac_approx, bias_approx, position_fraction, seed,
@@ -142,7 +145,7 @@ def accumulate(
     )  # fmt: skip
     return accumulate_with(
         model, loader, as_likelihood(likelihood), options, parameters=parameters,
-        batch_fn=batch_fn, bases=bases,
+        batch_fn=batch_fn, bases=bases, check=True,
     )  # fmt: skip
 
 
@@ -156,15 +159,25 @@ def accumulate_with(
     batch_fn: Callable[[Any], tuple[Any, Any]] | None = None,
     cache: InputCovCache | None = None,
     bases: EigenBases | None = None,
+    check: bool = False,
 ) -> CurvatureState:
-    """As :func:`accumulate`, with ready-made options and an optional input-factor cache."""
+    """As :func:`accumulate`, with ready-made options and an optional input-factor cache.
+
+    Without ``check`` the rules are trusted: training compares them with autograd once, beforehand.
+
+    Returns:
+        Un-normalised sums over the data.
+
+    Raises:
+        ConfigError: for bases without ``curvature="ekfac"``; else as :func:`accumulate`.
+    """
     weights = weights_with_rules(model, parameters, options)
     if bases is not None and options.curvature != "ekfac":
         raise ConfigError(f"bases belong to curvature='ekfac', not to {options.curvature!r}")
     if options.curvature == "ekfac" and bases is None:
         factors = accumulate_with(
             model, loader, likelihood, replace(options, curvature="kfac"), parameters=parameters,
-            batch_fn=batch_fn, cache=cache,
+            batch_fn=batch_fn, cache=cache, check=check,
         )  # fmt: skip
         bases, cache = eigen_bases(factors.kron), None
     device = next(model.parameters()).device
@@ -172,7 +185,8 @@ def accumulate_with(
     def batches() -> Iterable[Batch]:
         return read_batches(loader, device, batch_fn)
 
-    run = _Pass(model, weights, likelihood, options, _sums(weights, options, cache, bases))
+    sums = _sums(weights, options, cache, bases)
+    run = _Pass(model, weights, likelihood, options, sums, check=check)
     with eval_mode(model), torch.enable_grad():
         if options.hessian_root == "adaptive":
             run.add_largest_columns(batches)
@@ -183,9 +197,8 @@ def accumulate_with(
         return accumulate_with(
             model, loader, likelihood, options, parameters=parameters, batch_fn=batch_fn
         )
-    label = "all" if parameters == "all" else repr(sorted(parameters))
     name = type(likelihood).__name__
-    return run.state(options.flavour(name, label, likelihood.temperature))
+    return run.state(options.flavour(name, parameters, likelihood.temperature))
 
 
 def weights_with_rules(
@@ -232,14 +245,17 @@ class _Pass:
         likelihood: Likelihood,
         options: KfacOptions,
         sums: CurvatureSums,
+        *,
+        check: bool,
     ) -> None:
         self._model, self._weights = model, weights
         self._likelihood, self._options = likelihood, options
-        self._sums = sums
+        self._sums, self._unchecked = sums, check
         self._fit: Tensor | None = None
         self._n_data = 0
         self._captured = 1.0
         self.checksum = 0
+        self._pairs = 0
 
     def add_all_columns(self, batches: Iterable[Batch]) -> None:
         """For each batch: forward, input factors, then one backward pass per column."""
@@ -248,6 +264,7 @@ class _Pass:
             keys = sample_keys(batch.inputs)
             outputs, uses = self._recorded(batch.inputs)
             self._add_data(batch, keys, outputs, uses)
+            self._check_first(outputs, uses)
             draws = reseeded(keys, self._options.seed) if mc else None
             root = self._likelihood.root(outputs.detach(), draws, self._options.mc_samples)
             everyone = torch.arange(len(batch), device=outputs.device)
@@ -281,12 +298,19 @@ class _Pass:
     def _add_group(self, inputs: Any, threshold: float) -> None:
         """The kept columns of data that keep about equally many."""
         outputs, uses = self._recorded(inputs)
+        self._check_first(outputs, uses)
         root = self._likelihood.root(outputs.detach())
         order, counts = kept_columns(root, threshold)
         everyone = torch.arange(len(order), device=order.device)
         for rank in range(int(counts.max())):
             column = root.columns(everyone, order[:, rank])
             self._add_column(outputs, uses, torch.where((counts > rank)[:, None], column, 0.0))
+
+    def _check_first(self, outputs: Tensor, uses: Sequence[Use]) -> None:
+        """Once: do the rules explain the gradients?"""
+        if self._unchecked:
+            check_calls(self._weights, outputs, uses)
+            self._unchecked = False
 
     def _recorded(self, inputs: Any) -> tuple[Tensor, list[Use]]:
         with record(self._model, self._weights) as uses:
@@ -307,6 +331,8 @@ class _Pass:
         self._fit = fit if self._fit is None else self._fit + fit
         self._n_data += len(batch)
         self.checksum = (self.checksum + checksum(keys)) % 2**63
+        pairs = checksum(sample_keys((keys, targets)))
+        self._pairs = (self._pairs + pairs) % 2**63
         self._sums.add_inputs(uses, batch.inputs, reseeded(keys, self._options.seed))
 
     def _add_column(self, outputs: Tensor, uses: Sequence[Use], column: Tensor) -> None:
@@ -327,6 +353,6 @@ class _Pass:
             },
             flavour=flavour,
             captured_trace=self._captured,
-            checksum=self.checksum,
+            checksum=self._pairs,
             log_hyperprior=float(log_hyperprior(self._model).detach()),
         )

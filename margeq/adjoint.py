@@ -73,6 +73,27 @@ class Revisit:
         return max(1, min(every, _n_batches(loader))) if every > 1 else 1
 
 
+class _Counted:
+    """A loader that counts its batches, empty ones too."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self._loader, self._count = loader, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._loader:
+            self._count += 1
+            yield batch
+
+    def require(self, expected: int) -> None:
+        """Check the number: a share of the batches is scaled up by it."""
+        if self._count != expected:
+            raise DataError(
+                f"the loader yielded {self._count} batches and its length says {expected}; without "
+                f"the true number a share of the batches says nothing: mend its __len__, or visit "
+                f"all of them with network_gradient='exact'"
+            )
+
+
 def _n_batches(loader: Any) -> int:
     try:
         return len(loader)
@@ -115,7 +136,7 @@ def network_gradient(
         prior: precisions.
         likelihood: noise and temperature.
         hyperparameters: leaf tensors by name; those that nothing depends on get zeros.
-        options: those of the pass behind ``state``.
+        options: those of the pass behind ``state``, but for its root.
         revisit: all of the data, or an unbiased estimate from some of them.
         parameters: as in :func:`margeq.named_weights`.
         batch_fn: turns a batch into ``(inputs, targets)``.
@@ -125,7 +146,9 @@ def network_gradient(
 
     Raises:
         ConfigError: for a curvature without Kronecker factors.
-        DataError: if the loader has no batch left to visit.
+        FlavourMismatchError: if ``state`` is of other options, or about other weights.
+        DataError: if the loader yields other data than those behind ``state``, or another number
+            of batches than its length.
     """
     if state.flavour.curvature != "kfac":
         raise ConfigError(
@@ -133,6 +156,10 @@ def network_gradient(
             f"Kronecker factors of curvature='kfac'"
         )
     weights = weights_with_rules(model, parameters, options)
+    name = type(likelihood).__name__
+    asked = options.flavour(name, parameters, likelihood.temperature)
+    # the second phase takes the exact columns, whatever root the first one took
+    replace(asked, hessian_root=state.flavour.hessian_root).require_same(state.flavour)
     device = next(model.parameters()).device
     with ExitStack() as stack:
         stack.enter_context(eval_mode(model))
@@ -142,10 +169,14 @@ def network_gradient(
             model, weights, likelihood, options, revisit,
             _cotangents(state, prior, likelihood), hyperparameters, _pinned(model, stack),
         )  # fmt: skip
-        period = revisit.period(loader)
-        for batch in read_batches(loader, device, batch_fn):
+        period, counted = revisit.period(loader), _Counted(loader)
+        for batch in read_batches(counted, device, batch_fn):
             if batch.index % period == revisit.seed % period:
                 visitor.add(batch)
+        if period == 1 and visitor.n_data != state.n_data:
+            raise DataError(f"the loader yielded {visitor.n_data} data, {state.n_data} before")
+        if period > 1:
+            counted.require(_n_batches(loader))
         visitor.rescale(period)
         visitor.add_what_is_not_data()
     return visitor.total
@@ -193,6 +224,8 @@ def _cotangents(state: CurvatureState, prior: GaussianPrior, likelihood: Likelih
     wanted = [fit, *(t for kron in leaves.values() for t in (kron.grad_cov, kron.input_cov))]
     grads = torch.autograd.grad(value, wanted)
     pairs = dict(zip(leaves, zip(grads[1::2], grads[2::2], strict=True), strict=True))
+    # weights without curvature (off, or leading nowhere) have no say in the evidence
+    pairs = {name: pair for name, pair in pairs.items() if state.kron[name].n_shared > 0}
     return _Cotangents(
         {name: pair[0] for name, pair in pairs.items()},
         {name: pair[1] for name, pair in pairs.items()},
@@ -219,7 +252,7 @@ class _Visitor:
         self._names, self._pinned = list(hyperparameters), pinned
         self._leaves = [*hyperparameters.values(), *(leaf for _, leaf in pinned)]
         self._totals = [torch.zeros_like(leaf) for leaf in self._leaves]
-        self._is_empty = True
+        self.n_data = 0
 
     @property
     def total(self) -> dict[str, Tensor]:
@@ -236,7 +269,8 @@ class _Visitor:
         pull = _Pull()
         pull.add(self._likelihood.fit(outputs, targets), self._cotangents.fit)
         for term in sums.input_terms(uses, batch.inputs, reseeded(keys, self._options.seed)):
-            pull.add_gram(term.rows, self._cotangents.input_cov[term.name], term.scale)
+            if term.name in self._cotangents.input_cov:
+                pull.add_gram(term.rows, self._cotangents.input_cov[term.name], term.scale)
         root = self._root(outputs, keys)
         everyone = torch.arange(len(batch), device=outputs.device)
         for v in range(root.n_columns):
@@ -246,7 +280,7 @@ class _Visitor:
             if use.cut.total is not None and use.edge is not None:
                 pull.add_edge(use.edge, use.cut.total)
         self._pull(pull)
-        self._is_empty = False
+        self.n_data += len(batch)
 
     def _column(
         self, sums: FactorSums, outputs: Tensor, uses: Sequence[Use], column: Tensor
@@ -263,7 +297,8 @@ class _Visitor:
         grads = backpropagate(outputs, uses, column.reshape(outputs.shape), create_graph=True)
         pull = _Pull()
         for name, rows in sums.grad_terms(uses, grads):
-            pull.add_gram(rows, self._cotangents.grad_cov[name])
+            if name in self._cotangents.grad_cov:
+                pull.add_gram(rows, self._cotangents.grad_cov[name])
         with cut_off(uses):
             by_column = self._pull(pull, column)
         return torch.zeros_like(column) if by_column is None else by_column
@@ -289,11 +324,6 @@ class _Visitor:
 
     def rescale(self, period: int) -> None:
         """Scale the sum over the visited batches up to all of them."""
-        if self._is_empty:
-            raise DataError(
-                f"one of {period} batches should have been visited, and there was none; the loader "
-                f"has to yield as many batches in each pass as its length says"
-            )
         for total in self._totals:
             total *= period
 

@@ -47,7 +47,7 @@ class Spectrum:
         fit: fit term, see :class:`margeq.accumulation.CurvatureState`.
         n_data: number of data.
         flavour: evidence flavour of the pass.
-        checksum: order-independent checksum of the inputs.
+        checksum: order-independent checksum of inputs and targets.
         log_hyperprior: penalty of the hyperparameters inside the network, in nats.
     """
 

@@ -24,14 +24,32 @@ def matches(name: str, selection: Sequence[str]) -> bool:
 
 
 def named_hyperparameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable tensors that their layers declare in ``hyperparameter_names``."""
+    """Trainable tensors that their layers declare in ``hyperparameter_names``, each once.
+
+    Returns:
+        Name -> parameter; a tensor that several layers share has the name of the first.
+
+    Raises:
+        ConfigError: if a layer declares a name that it does not have.
+    """
     found: dict[str, nn.Parameter] = {}
     for prefix, module in model.named_modules():
-        for name in getattr(module, "hyperparameter_names", ()):
+        for name in _declared(prefix, module):
             parameter = getattr(module, name)
             if isinstance(parameter, nn.Parameter) and parameter.requires_grad:
-                found[f"{prefix}.{name}" if prefix else name] = parameter
+                if all(parameter is not other for other in found.values()):
+                    found[f"{prefix}.{name}" if prefix else name] = parameter
     return found
+
+
+def _declared(prefix: str, module: nn.Module) -> Sequence[str]:
+    names = getattr(module, "hyperparameter_names", ())
+    if isinstance(names, str) or not all(hasattr(module, name) for name in names):
+        raise ConfigError(
+            f"{prefix or 'the model'} ({type(module).__name__}) declares "
+            f"hyperparameter_names={names!r}; use a tuple of names of its attributes"
+        )
+    return names
 
 
 def log_hyperprior(model: nn.Module) -> Tensor:

@@ -278,5 +278,5 @@ def test_what_cannot_work_is_refused():
         with pytest.raises(ConfigError, match=r"share=.* \(0, 1\]"):
             Revisit(share=share)
     state, p.batches = p.state(), type("Liar", (list,), {"__len__": lambda _: 9})(p.batches)
-    with pytest.raises(DataError, match="one of 9 batches"):
+    with pytest.raises(DataError, match="yielded 3 batches and its length says 9"):
         p.gradient(state, share=0.1, seed=8)

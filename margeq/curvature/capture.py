@@ -24,6 +24,7 @@ __all__ = [
     "Cut",
     "Use",
     "backpropagate",
+    "check_calls",
     "check_rules",
     "cut_off",
     "eval_mode",
@@ -231,8 +232,28 @@ def backpropagate(
             retain_graph=True, create_graph=create_graph, allow_unused=True,
         )  # fmt: skip
         for position, grad in zip(positions, grads, strict=True):
-            found[position] = grad
+            found[position] = _plain_strides(grad) if create_graph else grad
     return found
+
+
+def _plain_strides(grad: Tensor | None) -> Tensor | None:
+    return None if grad is None else cast(Tensor, _PlainStrides.apply(grad))
+
+
+class _PlainStrides(torch.autograd.Function):
+    """The identity, whose own gradient is contiguous.
+
+    Rules permute gradients, and some backward kernels of torch (batch normalisation of a single
+    datum) go wrong on the strides that come back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].clone(memory_format=torch.contiguous_format)
 
 
 def check_rules(model: nn.Module, weights: Mapping[str, nn.Parameter], inputs: Any) -> None:
@@ -249,14 +270,25 @@ def check_rules(model: nn.Module, weights: Mapping[str, nn.Parameter], inputs: A
         outputs = forward(model, inputs)
         _require_outputs(outputs, n_data)
         require_batch_axis(uses, n_data)
-        # a fixed, sign-changing direction: no random state is touched
-        column = torch.linspace(-1.0, 1.3, outputs.numel(), device=outputs.device)
-        column = column.reshape(outputs.shape).to(outputs.dtype)
-        by_rule = _gradients_by_rule(weights, uses, backpropagate(outputs, uses, column))
-        by_autograd = dict.fromkeys(weights)
-        if outputs.requires_grad:
-            found = torch.autograd.grad(outputs, list(weights.values()), column, allow_unused=True)
-            by_autograd = dict(zip(weights, found, strict=True))
+        check_calls(weights, outputs, uses)
+
+
+def check_calls(weights: Mapping[str, nn.Parameter], outputs: Tensor, uses: Sequence[Use]) -> None:
+    """As :func:`check_rules`, for calls that are recorded already; their graph is kept.
+
+    Raises:
+        UnsupportedLayerError: naming the weight and the relative difference.
+    """
+    # a fixed, sign-changing direction: no random state is touched
+    column = torch.linspace(-1.0, 1.3, outputs.numel(), device=outputs.device)
+    column = column.reshape(outputs.shape).to(outputs.dtype)
+    by_rule = _gradients_by_rule(weights, uses, backpropagate(outputs, uses, column))
+    by_autograd: dict[str, Tensor | None] = dict.fromkeys(weights)
+    if outputs.requires_grad:
+        found = torch.autograd.grad(
+            outputs, list(weights.values()), column, retain_graph=True, allow_unused=True
+        )
+        by_autograd = dict(zip(weights, found, strict=True))
     for name, parameter in weights.items():
         _compare(name, parameter, by_rule.get(name), by_autograd[name])
 

@@ -128,9 +128,8 @@ class EigenSums:
         unknown = set(bases) - set(weights)
         if unknown:
             raise ConfigError(f"bases: no weight is called {sorted(unknown)}")
-        for name, basis in bases.items():
-            _require_orthogonal(name, basis)
-        self._weights, self._bases = weights, bases
+        self._weights = weights
+        self._bases = {name: _orthogonal(name, basis) for name, basis in bases.items()}
         self._calls = CallReader(self._rotated_inputs)
         self._moments: dict[str, Tensor] = {}
 
@@ -198,17 +197,24 @@ def _squares(calls: Sequence[Call]) -> Tensor:
     return torch.as_tensor(total)
 
 
-def _require_orthogonal(name: str, basis: tuple[Tensor, Tensor]) -> None:
-    for vectors in basis:
-        if vectors.ndim != 3 or vectors.shape[1] != vectors.shape[2]:
-            raise ConfigError(
-                f"the basis of {name!r} has shape {tuple(vectors.shape)}; expected [b, d, d]"
-            )
-        products = vectors.mT @ vectors
-        eye = torch.eye(vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
-        error = float((products - eye).abs().amax())
-        if not error < torch.finfo(vectors.dtype).eps ** 0.5:
-            raise ConfigError(
-                f"the basis of {name!r} is not orthogonal (U^T U differs from I by {error:.2g}); "
-                f"only an orthogonal basis gives a bound"
-            )
+def _orthogonal(name: str, basis: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The basis, orthogonal to the last digit: only then is the evidence a bound."""
+    first, second = (_one_side(name, vectors) for vectors in basis)
+    return first, second
+
+
+def _one_side(name: str, vectors: Tensor) -> Tensor:
+    if vectors.ndim != 3 or vectors.shape[1] != vectors.shape[2]:
+        raise ConfigError(
+            f"the basis of {name!r} has shape {tuple(vectors.shape)}; expected [b, d, d]"
+        )
+    wide = vectors.to(accumulation_dtype(vectors.device))
+    eye = torch.eye(wide.shape[1], dtype=wide.dtype, device=wide.device)
+    error = float((wide.mT @ wide - eye).abs().amax())
+    if not error < torch.finfo(vectors.dtype).eps ** 0.5:
+        raise ConfigError(
+            f"the basis of {name!r} is not orthogonal (U^T U differs from I by {error:.2g}); "
+            f"only an orthogonal basis gives a bound"
+        )
+    # what a narrower dtype has rounded off
+    return wide if error < 1e-12 else torch.linalg.qr(wide).Q

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from margeq.errors import ConfigError, FlavourMismatchError
@@ -143,8 +143,10 @@ class KfacOptions:
         hits = [key for key in self.kfac_approx if key and matches(tensor, [key])]
         return self.kfac_approx[max(hits, key=len)] if hits else self.kfac_approx.get("", "expand")
 
-    def flavour(self, likelihood: str, weights: str, temperature: float) -> EvidenceFlavour:
-        """The flavour of evidence that these options give."""
+    def flavour(
+        self, likelihood: str, parameters: str | Sequence[str], temperature: float
+    ) -> EvidenceFlavour:
+        """The flavour of evidence that these options give, for a selection of weights."""
         detail = {
             "exact": "exact",
             "adaptive": f"adaptive({self.captured_trace:g})",
@@ -158,6 +160,6 @@ class KfacOptions:
             kfac_approx=approx if isinstance(approx, str) else repr(sorted(approx.items())),
             bias_approx=self.bias_approx,
             position_fraction=self.position_fraction,
-            weights=weights,
+            weights=parameters if isinstance(parameters, str) else repr(sorted(parameters)),
             temperature=temperature,
         )

@@ -68,13 +68,14 @@ class AnchorBasis(nn.Module):
         self.shape = torch.Size(shape)
         dtype = torch.get_default_dtype()
         positions = place_anchors(anchors, shape, seed).to(torch.get_default_device(), dtype)
-        self._log_center = math.log(lengthscale)
+        # part of the state: the penalty of a checkpoint is about its own initial value
+        self.log_center = nn.Buffer(torch.tensor(math.log(lengthscale), dtype=dtype))
         if kernel == "identity":
             if not isinstance(anchors, str) or learn_anchors:
                 raise ConfigError("basis='identity' needs anchors='grid', which do not move")
             self.register_parameter("log_lengthscale", None)
         else:
-            logs = torch.full((n_filters,), self._log_center, dtype=dtype)
+            logs = torch.full((n_filters,), math.log(lengthscale), dtype=dtype)
             self.log_lengthscale = nn.Parameter(logs)
         self.anchors = nn.Parameter(positions) if learn_anchors else nn.Buffer(positions)
         self._remembered: _Remembered | None = None
@@ -191,7 +192,7 @@ class AnchorBasis(nn.Module):
         logs = self.log_lengthscale if log_lengthscale is None else log_lengthscale
         if self.lengthscale_spread is None or logs is None:
             return self.anchors.new_zeros(())
-        scaled = (logs - self._log_center) / self.lengthscale_spread
+        scaled = (logs - self.log_center) / self.lengthscale_spread
         return -0.5 * scaled.square().sum()
 
     def extra_repr(self) -> str:
@@ -222,7 +223,8 @@ class _Remembered:
 def _is_plain(tensor: Tensor) -> bool:
     """Whether a tensor has values of its own, and is not inside a function transform."""
     try:
-        return tensor.data_ptr() != 0 and not tensor.is_meta
+        # what inference mode computes can never be used in training
+        return tensor.data_ptr() != 0 and not torch.is_inference_mode_enabled()
     except RuntimeError:
         return False
 

@@ -131,7 +131,9 @@ class MargLikResult:
                 f"compare models on the same data"
             )
         if self.spectrum.checksum != other.spectrum.checksum:
-            raise ConfigError("the two values are about different inputs; compare on the same data")
+            raise ConfigError(
+                "the two values are about other inputs or targets; compare on the same data"
+            )
         return self.log_marginal_likelihood - other.log_marginal_likelihood
 
     def to_dict(self) -> dict[str, Any]:
