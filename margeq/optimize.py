@@ -95,7 +95,8 @@ def optimize_marglik(
         n_epochs: epochs of each run.
         n_epochs_burnin: epochs before the first hyperparameter update.
         marglik_frequency: epochs between updates; the last epoch always has one.
-        n_hypersteps: steps per update of ``"adam"`` and ``"lbfgs"``; MacKay takes three.
+        n_hypersteps: steps per update of ``"adam"`` and ``"lbfgs"`` (MacKay takes three), and of
+            lengthscales in closed form; other tensors inside the network take one.
         optimizer_cls: ``Adam``, ``AdamW`` or ``SGD``; others get an explicit L2 prior.
         optimizer_kwargs: without ``weight_decay``; never changed.
         scheduler_cls: learning-rate scheduler, stepped after every batch.
@@ -105,7 +106,7 @@ def optimize_marglik(
         sigma_noise_init: initial noise for ``"regression"``, in units of the targets.
         temperature: ``T`` of the likelihood.
         hyper_solver: ``"mackay"``, ``"adam"``, ``"lbfgs"``, or ``"fixed"`` for plain MAP training
-            with precisions and noise as they begin.
+            with precisions, noise and hyperparameters inside the network as they begin.
         hyperparameters: leaf tensors that the model's output depends on, besides those that
             its layers declare: the evidence alone moves them, the training loss never does.
             A parameter that no layer declares counts as a weight again afterwards: freeze it.

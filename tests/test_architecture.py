@@ -15,7 +15,7 @@ from tests.layer_cases import LAYER_CASES
 PACKAGE = Path(__file__).parent.parent / "margeq"
 
 LAYOUT = [
-    ["errors", "groups", "bases", "linalg"],
+    ["errors", "groups", "bases", "linalg", "counts"],
     ["parameters", "paths", "curvature", "batches"],
     ["layers"],
     ["likelihoods", "priors"],

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from margeq.data import cifar10, load_image_folder, mnist, rotated_cifar10, sources
 from margeq.data.formats import read_cifar_python
@@ -101,6 +102,34 @@ def test_image_folder(tmp_path, mode, channels, suffix):
     if suffix == ".png":
         expected = colours(3, 1)[:, :channels]
         assert np.array_equal((images[3:] * 255).round().numpy(), expected)
+
+
+def test_grey_pictures_of_16_bits_keep_their_values(tmp_path):
+    write_folder(tmp_path, names=("ant",), mode="L")
+    (tmp_path / "bee").mkdir()
+    grey = np.random.default_rng(0).integers(0, 2**16, (32, 32)).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "bee" / "0.png")
+    images, *_ = load_image_folder(tmp_path)  # among pictures of 8 bits
+    assert np.array_equal((images[-1, 0] * 65535).round().numpy(), grey)
+    assert np.array_equal((images[:3] * 255).round().numpy(), colours(3, 0)[:, :1])
+    alone, *_ = load_image_folder(_moved(tmp_path / "bee", tmp_path / "deep" / "bee").parent)
+    assert torch.equal(alone[0], images[-1])
+    write_folder(tmp_path / "colours", names=("ant",))
+    _moved(tmp_path / "deep" / "bee", tmp_path / "colours" / "bee")
+    among_colours, *_ = load_image_folder(tmp_path / "colours")
+    assert torch.equal(among_colours[-1], images[-1].expand(3, -1, -1))
+
+
+def test_pictures_of_unknown_range_are_refused(tmp_path):
+    write_folder(tmp_path, names=("ant",), mode="L")
+    Image.fromarray(np.zeros((32, 32), np.float32)).save(tmp_path / "ant" / "0.png", format="TIFF")
+    with pytest.raises(DataError, match=r"ant/0.png has the mode 'F'.*8 bits"):
+        load_image_folder(tmp_path)
+
+
+def _moved(source, target):
+    target.parent.mkdir(exist_ok=True)
+    return shutil.move(source, target)
 
 
 def test_broken_image_folders_are_named(tmp_path):

@@ -161,7 +161,11 @@ def test_antialiasing_averages_all_pixels():
         ({"question": "colour"}, r"unknown question 'colour'.*digit\+quadrant"),
         ({"n_train": 41}, "n_train=41, but there are 40"),
         ({"n_test": 0}, "n_test=0, but there are 12"),
+        ({"n_train": 2.5}, r"n_train=2\.5"),
+        ({"n_train": "3"}, "n_train='3'"),
+        ({"n_test": True}, "n_test=True"),
         ({"size": 0}, "size=0"),
+        ({"size": 16.5}, r"size=16\.5"),
     ],
 )
 def test_bad_arguments_are_named(data, arguments, message):
@@ -177,8 +181,10 @@ def test_subset_keeps_pairs_and_classes():
     assert not torch.equal(small.train_images, task.subset(7, seed=2).train_images)
     assert len(task.subset(7).test_images) == 6
     assert task.subset(1, 1).n_classes == 4
-    with pytest.raises(ConfigError, match="n_train=21, but there are 20"):
-        task.subset(21)
+    for wanted in (21, 2.5, "3", True):
+        with pytest.raises(ConfigError, match=f"n_train={wanted!r}, but there are 20"):
+            task.subset(wanted)
+    assert len(task.subset(np.int64(3)).train_images) == 3
 
 
 def test_standardised_per_channel():
@@ -194,6 +200,18 @@ def test_standardised_per_channel():
     images[:20, 1] = 0.5
     with pytest.raises(DataError, match="a channel is constant"):
         task.standardised()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("grey", [0.0, 0.1, 0.7, 1 / 3, -123.4])
+def test_a_constant_channel_is_refused_whatever_its_value(grey, dtype):
+    images = torch.rand(500, 2, 28, 28, dtype=dtype)
+    images[:, 1] = grey  # its computed deviation is a rounding of its mean, not zero
+    labels = torch.zeros(500, dtype=torch.long)
+    with pytest.raises(DataError, match="a channel is constant"):
+        ImageTask(images, labels, images, labels, name="toy").standardised()
+    images[0, 1, 0, 0] += 1e-3  # a single pixel, and no more than a thousandth
+    assert ImageTask(images, labels, images, labels, name="toy").standardised()
 
 
 def test_unequal_parts_are_refused():

@@ -111,11 +111,38 @@ def test_evidence_and_held_out_loaders_show_the_data_as_they_are(part):
 
 
 @pytest.mark.parametrize(
-    ("n_labels", "batch_size", "message"), [(4, 0, "batch_size=0"), (3, 2, "4 pictures, but 3")]
+    ("n_labels", "batch_size", "message"),
+    [
+        (4, 0, "batch_size=0"),
+        (4, 2.5, r"batch_size=2\.5"),
+        (4, True, "batch_size=True"),
+        (3, 2, "4 pictures, but 3"),
+    ],
 )
 def test_bad_loaders_are_named(n_labels, batch_size, message):
     with pytest.raises(ConfigError, match=message):
         TensorLoader(torch.ones(4, 1, 2, 2), torch.zeros(n_labels), batch_size)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_no_pictures_make_no_batch(shuffle):
+    loader = TensorLoader(torch.ones(0, 1, 2, 2), torch.zeros(0), 2, shuffle)
+    assert len(list(loader)) == len(loader) == 0
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_evidence_on_augmented_batches_is_refused(own):
+    task = toy()
+    loader = task.train_loader(8, augment=random_shift_flip)
+    before = loader.generator.get_state()
+    plain = task.train_loader(8)
+    name, loaders = ("marglik_loader", (plain, loader)) if own else ("train_loader", (loader, None))
+    message = rf"augmented batches of {name}; .*marglik_loader=task\.marglik_loader\("
+    with pytest.raises(ConfigError, match=message):
+        margeq.optimize_marglik(
+            nn.Sequential(nn.Flatten(), nn.Linear(30, 4)), loaders[0], marglik_loader=loaders[1]
+        )
+    assert torch.equal(loader.generator.get_state(), before)
 
 
 @pytest.mark.filterwarnings("ignore::margeq.errors.ConvergenceWarning")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -35,6 +36,11 @@ def leaf(*values):
     return torch.tensor(values, dtype=F64)
 
 
+@torch.inference_mode()
+def inferred():
+    return leaf(1.0)
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
@@ -44,6 +50,11 @@ def leaf(*values):
         (["0.basis"], r"hyperparameters\[0\] is no floating-point leaf"),
         (leaf(1.0), "hyperparameters is a Tensor; pass a list"),
         (None, "hyperparameters is a NoneType; pass a list"),
+        ({"eta": leaf(1.0)}, "hyperparameters is a dict; pass a list"),
+        ([leaf(1.0).expand(3)], r"hyperparameters\[0\]' is expanded"),
+        ([leaf(1.0, 2.0, 3.0).unfold(0, 2, 1)], r"hyperparameters\[0\]' is expanded"),
+        ([inferred()], r"hyperparameters\[0\]' was made in torch\.inference_mode"),
+        ([leaf(1.0, math.nan)], r"hyperparameters\[0\]' begins with 1 of 2 values NaN"),
     ],
 )
 def test_tensors_that_cannot_be_hyperparameters(tensors, message):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from margeq.errors import ConfigError
 from margeq.laplace import accumulate
 from margeq.layers import FactoredLinear2d, SparseConv2d, SparseFactoredLinear2d
 from margeq.likelihoods import Categorical
@@ -254,6 +255,15 @@ def test_a_factored_map_is_converted(per_filter):
     for rest, psi in ((rest_u.detach(), psi_u), (rest_v.detach(), psi_v)):
         assert rest.norm() > 0.1
         assert (rest @ psi.mT).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("other", [nn.Conv1d(1, 1, 3), nn.Linear(2, 2), SparseConv2d(1, 1, 3)])
+def test_nothing_else_is_converted(other):
+    name = type(other).__name__
+    with pytest.raises(ConfigError, match=rf"ordinary nn\.Conv2d, not {name}"):
+        SparseConv2d.from_conv(other)
+    with pytest.raises(ConfigError, match=f"FactoredLinear2d, not {name}"):
+        SparseFactoredLinear2d.from_factored(other)
 
 
 def test_a_conversion_stays_on_its_device():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from margeq.counts import is_count
 from margeq.errors import ConfigError
 
 __all__ = ["Augmentation", "TensorLoader"]
@@ -27,7 +28,8 @@ class TensorLoader:
     Args:
         images: ``[n, ...]``.
         labels: ``[n]``.
-        batch_size: pictures per batch; the last batch may be smaller, none is dropped.
+        batch_size: pictures per batch; the last batch may be smaller, none is dropped and none is
+            empty.
         shuffle: whether each pass has its own order.
         augment: applied to each batch of pictures, see :func:`margeq.data.random_shift_flip`. For
             training batches: evidence and held-out batches have to show the data as they are.
@@ -38,7 +40,8 @@ class TensorLoader:
         generator: decides the passes to come.
 
     Raises:
-        ConfigError: if the batch size is not positive, or pictures and labels differ in number.
+        ConfigError: if the batch size is no positive whole number, or pictures and labels differ in
+            number.
 
     Examples:
         >>> loader = TensorLoader(torch.arange(5.0)[:, None], torch.arange(5), 2)
@@ -55,8 +58,8 @@ class TensorLoader:
         augment: Augmentation | None = None,
         seed: int = 0,
     ) -> None:
-        if batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size}, but a batch holds at least one picture")
+        if not is_count(batch_size):
+            raise ConfigError(f"batch_size={batch_size!r}, but a batch holds at least one picture")
         if len(images) != len(labels):
             raise ConfigError(f"{len(images)} pictures, but {len(labels)} labels")
         self.dataset = TensorDataset(images, labels)
@@ -76,6 +79,8 @@ class TensorLoader:
             draws.manual_seed(int(torch.randint(2**62, (), generator=self.generator)))
         if self.shuffle:
             order = torch.randperm(len(labels), generator=draws)
-        for indices in order.to(labels.device).split(self.batch_size):
+        order = order.to(labels.device)
+        for start in range(0, len(order), self.batch_size):
+            indices = order[start : start + self.batch_size]
             batch = images[indices.to(images.device)]
             yield (batch if self.augment is None else self.augment(batch, draws)), labels[indices]

@@ -32,6 +32,8 @@ _IDX_UINT8 = 8
 _CIFAR_SIDE = 32
 _CIFAR_PIXELS = 3 * _CIFAR_SIDE**2
 _SUFFIXES = (".png", ".jpg", ".jpeg")
+_DEEP = ("I;16", "I;16L", "I;16B", "I;16N")  # grey, 16 bits
+_UNSCALED = ("I", "F")
 _INTEGERS = {"BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1"}  # not: places in the memo
 
 
@@ -187,8 +189,9 @@ def read_folder(root: Path) -> Source:
 def _decoded(paths: list[Path], reference: Path) -> Tensor:
     """Pictures of the mode and the size of the reference, ``[n, channels, height, width]``."""
     with _image_module().open(reference) as picture:
-        mode, size = ("L" if picture.mode in ("1", "L") else "RGB"), picture.size
-    pictures = np.empty((len(paths), size[1], size[0], len(mode)), np.uint8)
+        grey = picture.mode in ("1", "L", *_DEEP)
+        mode, size = ("L" if grey else "RGB"), picture.size
+    pictures = np.empty((len(paths), size[1], size[0], len(mode)), np.float32)
     for row, path in zip(pictures, paths, strict=True):
         try:
             with _image_module().open(path) as picture:
@@ -197,10 +200,23 @@ def _decoded(paths: list[Path], reference: Path) -> Tensor:
                         f"{path} has {picture.size[0]}×{picture.size[1]} pixels, {reference} "
                         f"{size[0]}×{size[1]}; bring all pictures to one size first"
                     )
-                row[:] = np.asarray(picture.convert(mode)).reshape(row.shape)
+                row[:] = _values(picture, mode, path)
         except OSError as error:
             raise DataError(f"cannot read {path}: {error}; remove this picture") from error
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).to(torch.float32) / 255
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2)
+
+
+def _values(picture: Any, mode: str, path: Path) -> np.ndarray:
+    """Grey or colour values in [0, 1], float32, ``[height, width, 1 or 3]``."""
+    if picture.mode in _UNSCALED:
+        raise DataError(
+            f"{path} has the mode {picture.mode!r}, whose largest value is not known; save it "
+            f"with 8 bits"
+        )
+    if picture.mode in _DEEP:  # Pillow would cut off what exceeds 255
+        return np.asarray(picture).astype(np.float32)[..., None] / 65535
+    values = np.asarray(picture.convert(mode)).astype(np.float32) / 255
+    return values.reshape(*values.shape[:2], len(mode))
 
 
 def _image_module() -> Any:

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from margeq.counts import is_count
 from margeq.data.formats import Source
 from margeq.data.geometry import in_quadrants, resized, rotated, shifted
 from margeq.data.sources import Folder, cifar10_source, mnist_source
@@ -300,8 +301,8 @@ def _task(
     size: int,
     seed: int,
 ) -> ImageTask:
-    if size < 1:
-        raise ConfigError(f"size={size}, but pictures have at least one pixel")
+    if not is_count(size):
+        raise ConfigError(f"size={size!r}, but pictures have at least one pixel")
     train, test = parts
     if train.class_names != test.class_names:
         raise DataError(
@@ -313,8 +314,8 @@ def _task(
     for part, argument, number, part_seed in zip(
         parts, ("n_train", "n_test"), numbers, seeds, strict=True
     ):
-        if number is not None and not 1 <= number <= len(part):
-            raise ConfigError(f"{argument}={number}, but there are {len(part)} pictures")
+        if number is not None and not (is_count(number) and number <= len(part)):
+            raise ConfigError(f"{argument}={number!r}, but there are {len(part)} pictures")
         tensors += _rendered(part, recipe, number, size, part_seed)
     return ImageTask(*tensors, name=name, class_names=recipe.class_names or train.class_names)
 

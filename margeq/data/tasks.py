@@ -7,10 +7,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from margeq.counts import is_count
 from margeq.data.batching import Augmentation, TensorLoader
 from margeq.errors import ConfigError, DataError
 
 __all__ = ["ImageTask"]
+
+_ROUNDINGS = 16
+"""Range of a channel, in roundings of its largest value, that passes for constant."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +80,13 @@ class ImageTask:
             The task; held-out pictures get the mean and deviation of the training pictures.
 
         Raises:
-            DataError: if a channel has the same value in every training pixel.
+            DataError: if a channel has the same value in every training pixel, up to rounding.
         """
         # statistics of the training pictures alone: the held-out pictures stay unseen
         channels = self.train_images.unbind(1)
         mean = torch.stack([channel.mean() for channel in channels])[:, None, None]
         deviation = torch.stack([channel.std() for channel in channels])[:, None, None]
-        if not bool((deviation > 0).all()):
+        if not all(_varies(channel) for channel in channels):
             raise DataError(
                 f"task {self.name!r}: a channel is constant over the training pictures (deviations "
                 f"{deviation.flatten().tolist()}); leave this channel out"
@@ -151,9 +155,17 @@ class ImageTask:
         return TensorLoader(self.test_images, self.test_labels, batch_size)
 
 
+def _varies(channel: Tensor) -> bool:
+    """By the range: the deviation of equal values is not zero once their mean is rounded."""
+    if channel.numel() == 0:
+        return False
+    rounding = torch.finfo(channel.dtype).eps * channel.abs().max()
+    return bool(channel.max() - channel.min() > _ROUNDINGS * rounding)
+
+
 def _choose(n: int, wanted: int, name: str, generator: torch.Generator) -> Tensor:
     """The first ``wanted`` of a random order of ``n``."""
     order = torch.randperm(n, generator=generator)
-    if not 1 <= wanted <= n:
-        raise ConfigError(f"{name}={wanted}, but there are {n} pictures to choose from")
+    if not (is_count(wanted) and wanted <= n):
+        raise ConfigError(f"{name}={wanted!r}, but there are {n} pictures to choose from")
     return order[:wanted]

@@ -120,7 +120,12 @@ class SparseConv2d(nn.Conv2d):
 
         Returns:
             A new layer on the convolution's device, in its dtype.
+
+        Raises:
+            ConfigError: for anything but an ordinary ``nn.Conv2d``, or an option out of range.
         """
+        if not isinstance(conv, nn.Conv2d) or isinstance(conv, SparseConv2d):
+            raise ConfigError(f"from_conv takes an ordinary nn.Conv2d, not {type(conv).__name__}")
         padding: Any = conv.padding
         layer = cls(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, padding,  # pyright: ignore[reportArgumentType]

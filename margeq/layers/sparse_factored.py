@@ -109,7 +109,12 @@ class SparseFactoredLinear2d(MapLayer):
 
         Returns:
             A new layer on the same device, in the same dtype.
+
+        Raises:
+            ConfigError: for anything but a ``FactoredLinear2d``, or an option out of range.
         """
+        if not isinstance(dense, FactoredLinear2d):
+            raise ConfigError(f"from_factored takes a FactoredLinear2d, not {type(dense).__name__}")
         layer = cls(
             dense.in_channels, dense.out_channels, tuple(dense.in_shape), tuple(dense.out_shape),
             dense.bias_u is not None, **options,

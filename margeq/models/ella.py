@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from margeq.bases import Anchors
+from margeq.counts import is_count
 from margeq.errors import ConfigError
 from margeq.layers import (
     FactoredLinear2d,
@@ -94,8 +95,8 @@ def ella(
         ``[n, in_channels, *size] -> [n, num_classes]``.
 
     Raises:
-        ConfigError: for an unknown or repeated path, a size or width that is not positive, or
-            an argument that a layer refuses.
+        ConfigError: for an unknown or repeated path, a size or width that is no positive whole
+            number, or an argument that a layer refuses.
 
     Reference:
         van der Ouderaa, Immer & van der Wilk 2023, section 5 and table 6.
@@ -105,7 +106,7 @@ def ella(
         >>> sum(parameter.numel() for parameter in model.parameters())
         30382
     """
-    shape = (size, size) if isinstance(size, int) else tuple(size)
+    shape = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     _check_sizes(shape, width=width, in_channels=in_channels, num_classes=num_classes)
     names = _path_names(kind)
     sparse = {
@@ -246,6 +247,6 @@ def _path_names(kind: str) -> list[str]:
 def _check_sizes(shape: Shape, **counts: int) -> None:
     if len(shape) != 2:
         raise ConfigError(f"size={shape}: use an int or (height, width)")
-    for name, value in {"size": min(shape), **counts}.items():
-        if value < 1:
-            raise ConfigError(f"{name}={value} must be at least 1")
+    for name, value in [*(("size", extent) for extent in shape), *counts.items()]:
+        if not is_count(value):
+            raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")

@@ -31,6 +31,7 @@ __all__ = [
     "NetworkStepsOptions",
     "collect_hyperparameters",
     "frozen",
+    "require_finite",
     "require_influence",
 ]
 
@@ -49,11 +50,12 @@ def collect_hyperparameters(model: nn.Module, further: Sequence[Tensor]) -> dict
         Name -> tensor; tensors outside the model are called ``hyperparameters[i]``.
 
     Raises:
-        ConfigError: for something that is no floating-point leaf tensor.
+        ConfigError: for something that is no floating-point leaf tensor, or one that cannot be
+            written to element by element.
     """
     found: dict[str, Tensor] = dict(named_hyperparameters(model))
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
-    if isinstance(further, Tensor) or not isinstance(further, Iterable):
+    if isinstance(further, (Tensor, Mapping)) or not isinstance(further, Iterable):
         raise ConfigError(f"hyperparameters is a {type(further).__name__}; pass a list of tensors")
     for index, tensor in enumerate(further):
         if not (isinstance(tensor, Tensor) and tensor.is_leaf and tensor.is_floating_point()):
@@ -63,7 +65,41 @@ def collect_hyperparameters(model: nn.Module, further: Sequence[Tensor]) -> dict
             )
         if all(tensor is not other for other in found.values()):
             found[name_of.get(id(tensor), f"hyperparameters[{index}]")] = tensor
+    for name, tensor in found.items():
+        _require_writable(name, tensor)
     return found
+
+
+def _require_writable(name: str, tensor: Tensor) -> None:
+    if tensor.is_inference():
+        raise ConfigError(
+            f"{name!r} was made in torch.inference_mode() and has no gradient; use its clone(), "
+            f"made outside"
+        )
+    # elements in the order of their strides: each axis has to step over all that came before
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < reach:
+            raise ConfigError(
+                f"{name!r} is expanded: several of its elements share memory and cannot move on "
+                f"their own; use its clone(), or the tensor before it was expanded"
+            )
+        reach += (size - 1) * stride
+
+
+def require_finite(hyperparameters: Mapping[str, Tensor]) -> None:
+    """Check that no hyperparameter begins as NaN or infinite, from where no step leads away.
+
+    Raises:
+        ConfigError: naming the first one that does.
+    """
+    for name, tensor in hyperparameters.items():
+        unusable = int((~torch.isfinite(tensor.detach())).sum())
+        if unusable:
+            raise ConfigError(
+                f"{name!r} begins with {unusable} of {tensor.numel()} values NaN or infinite; "
+                f"give it finite ones"
+            )
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from margeq.likelihoods import Likelihood
 from margeq.paths import all_paths_on
 from margeq.priors import GaussianPrior
 from margeq.training.function_scale import FunctionScale, function_scale
-from margeq.training.network import require_influence
+from margeq.training.network import require_finite, require_influence
 from margeq.training.normalisation import scale_invariant_units
 
 __all__ = ["Problem", "Schedule", "first_look"]
@@ -99,6 +99,8 @@ def first_look(
     hyperparameters: Mapping[str, Tensor],
 ) -> Problem:
     """Check model and data once, before the first step, and measure what all runs need."""
+    _refuse_augmentation(train_loader, marglik_loader)
+    require_finite(hyperparameters)
     weights = weights_with_rules(model, parameters, options)
     device = next(model.parameters()).device
     first, n_data = _read_once(model, read_batches(train_loader, device, batch_fn), likelihood)
@@ -141,6 +143,18 @@ def _cache(model: nn.Module, hyperparameters: Mapping[str, Tensor]) -> InputCovC
     }
     known = all(id(tensor) in declared for tensor in hyperparameters.values())
     return InputCovCache() if known else None
+
+
+def _refuse_augmentation(train_loader: Iterable[Any], marglik_loader: Iterable[Any] | None) -> None:
+    """The evidence is about the data as they are: changed copies are no observations."""
+    name, loader = "marglik_loader", marglik_loader
+    if loader is None:
+        name, loader = "train_loader", train_loader
+    if getattr(loader, "augment", None) is not None:
+        raise ConfigError(
+            f"the evidence would be that of the augmented batches of {name}; pass the training "
+            f"data as they are, such as marglik_loader=task.marglik_loader(batch_size)"
+        )
 
 
 def _warn_unseen(loader: Iterable[Any], n_data: int) -> None:
