@@ -7,7 +7,7 @@ and resumed passes add up exactly; eigenvalues and logarithms come later.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,9 +27,8 @@ from margeq.curvature.capture import (
 )
 from margeq.curvature.eigen import EigenBases, EigenSums, eigen_bases
 from margeq.curvature.factors import FactorSums, InputCovCache
-from margeq.curvature.forms import BlockCurvature, Curvature, CurvatureSums
+from margeq.curvature.forms import CurvatureSums
 from margeq.curvature.full import FullSums, require_small
-from margeq.curvature.kron import BlockKron
 from margeq.curvature.options import EvidenceFlavour, KfacOptions
 from margeq.curvature.packing import ColumnPlan, kept_columns, regrouped
 from margeq.curvature.sampling import checksum, reseeded, sample_keys
@@ -37,6 +36,7 @@ from margeq.errors import ConfigError, NonFiniteError
 from margeq.likelihoods import Likelihood, as_likelihood
 from margeq.linalg import accumulation_dtype, is_finite
 from margeq.parameters import log_hyperprior, named_weights
+from margeq.state import CurvatureState
 
 __all__ = [
     "CurvatureState",
@@ -45,47 +45,6 @@ __all__ = [
     "accumulate_with",
     "weights_with_rules",
 ]
-
-
-@dataclass(frozen=True)
-class CurvatureState:
-    """Sums over the data at one set of weights; free of prior, noise and temperature.
-
-    Attributes:
-        curvature: sums of the flavour that was asked for.
-        fit: log-likelihood (classification) or squared residuals per output (regression).
-        n_data: number of data that were counted.
-        square_norms: squared Euclidean norm per weight tensor.
-        flavour: how the curvature was approximated.
-        captured_trace: share of the output Hessian's trace that the root kept.
-        checksum: order-independent checksum of inputs and targets.
-        log_hyperprior: penalty of the hyperparameters inside the network, in nats.
-    """
-
-    curvature: Curvature
-    fit: Tensor
-    n_data: int
-    square_norms: dict[str, Tensor]
-    flavour: EvidenceFlavour
-    captured_trace: float = 1.0
-    checksum: int = 0
-    log_hyperprior: float = 0.0
-
-    @property
-    def kron(self) -> dict[str, BlockKron]:
-        """Kronecker factors per weight tensor.
-
-        Raises:
-            ConfigError: for another flavour than ``"kfac"``.
-        """
-        blocks = self.curvature.blocks if isinstance(self.curvature, BlockCurvature) else {}
-        krons = {name: block for name, block in blocks.items() if isinstance(block, BlockKron)}
-        if krons.keys() != self.square_norms.keys():
-            raise ConfigError(
-                f"curvature={self.flavour.curvature!r} has no Kronecker factors; accumulate with "
-                f"curvature='kfac'"
-            )
-        return krons
 
 
 def accumulate(

@@ -41,64 +41,9 @@ from margeq.likelihoods import Likelihood
 from margeq.linalg import project
 from margeq.parameters import log_hyperprior
 from margeq.priors import GaussianPrior
+from margeq.revisit import ALL_DATA, CountedLoader, Revisit, n_batches
 
 __all__ = ["Revisit", "network_gradient", "thawed"]
-
-
-@dataclass(frozen=True)
-class Revisit:
-    """How the second phase visits the data.
-
-    Attributes:
-        sketched: one random column per datum instead of all of them; unbiased.
-        share: of the batches that are visited, at least one of them: every ``round(1 / share)``-th,
-            times that number. The mean over all offsets is exact, for batches of any size.
-        seed: of the signs and of the choice of batches.
-
-    Raises:
-        ConfigError: for a share outside (0, 1].
-    """
-
-    sketched: bool = False
-    share: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.share <= 1.0:
-            raise ConfigError(f"share={self.share} of the batches must lie in (0, 1]")
-
-    def period(self, loader: Iterable[Any]) -> int:
-        """One batch out of how many is visited; never more than there are."""
-        every = round(1.0 / self.share)
-        return max(1, min(every, _n_batches(loader))) if every > 1 else 1
-
-
-class _Counted:
-    """A loader that counts its batches, empty ones too."""
-
-    def __init__(self, loader: Iterable[Any]) -> None:
-        self._loader, self._count = loader, 0
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self._loader:
-            self._count += 1
-            yield batch
-
-    def require(self, expected: int) -> None:
-        """Check the number: a share of the batches is scaled up by it."""
-        if self._count != expected:
-            raise DataError(
-                f"the loader yielded {self._count} batches and its length says {expected}; without "
-                f"the true number a share of the batches says nothing: mend its __len__, or visit "
-                f"all of them with network_gradient='exact'"
-            )
-
-
-def _n_batches(loader: Any) -> int:
-    try:
-        return len(loader)
-    except TypeError:
-        return sum(1 for _ in loader)
 
 
 @dataclass(frozen=True)
@@ -119,7 +64,7 @@ def network_gradient(
     hyperparameters: Mapping[str, Tensor],
     options: KfacOptions,
     *,
-    revisit: Revisit = Revisit(),
+    revisit: Revisit = ALL_DATA,
     parameters: str | Sequence[str] = "all",
     batch_fn: Callable[[Any], tuple[Any, Any]] | None = None,
 ) -> dict[str, Tensor]:
@@ -169,14 +114,14 @@ def network_gradient(
             model, weights, likelihood, options, revisit,
             _cotangents(state, prior, likelihood), hyperparameters, _pinned(model, stack),
         )  # fmt: skip
-        period, counted = revisit.period(loader), _Counted(loader)
+        period, counted = revisit.period(loader), CountedLoader(loader)
         for batch in read_batches(counted, device, batch_fn):
             if batch.index % period == revisit.seed % period:
                 visitor.add(batch)
         if period == 1 and visitor.n_data != state.n_data:
             raise DataError(f"the loader yielded {visitor.n_data} data, {state.n_data} before")
         if period > 1:
-            counted.require(_n_batches(loader))
+            counted.require(n_batches(loader))
         visitor.rescale(period)
         visitor.add_what_is_not_data()
     return visitor.total

@@ -44,7 +44,7 @@ class Spectrum:
     Attributes:
         eigenvalues: of the curvature, without noise and temperature.
         square_norms: squared norm per weight tensor.
-        fit: fit term, see :class:`margeq.accumulation.CurvatureState`.
+        fit: fit term, see :class:`margeq.state.CurvatureState`.
         n_data: number of data.
         flavour: evidence flavour of the pass.
         checksum: order-independent checksum of inputs and targets.

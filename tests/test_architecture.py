@@ -19,7 +19,16 @@ LAYOUT = [
     ["parameters", "paths", "curvature", "batches"],
     ["layers"],
     ["likelihoods", "priors"],
-    ["accumulation", "adjoint", "closed_form", "laplace", "effective_dim", "function_share"],
+    [
+        "accumulation",
+        "adjoint",
+        "revisit",
+        "state",
+        "closed_form",
+        "laplace",
+        "effective_dim",
+        "function_share",
+    ],
     ["optimize", "training", "checkpoint", "distributed", "callbacks"],
     ["convert", "models", "data"],
     [

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from margeq.accumulation import CurvatureState
-from margeq.adjoint import Revisit, network_gradient, thawed
+from margeq.adjoint import network_gradient, thawed
 from margeq.closed_form import (
     FixedFilters,
     closed_form_gradient,
@@ -25,6 +25,7 @@ from margeq.errors import ConfigError, NonFiniteError
 from margeq.likelihoods import Likelihood
 from margeq.parameters import named_hyperparameters
 from margeq.priors import GaussianPrior
+from margeq.revisit import ALL_DATA, Revisit
 
 __all__ = [
     "NetworkSteps",
@@ -166,7 +167,7 @@ class NetworkStepsOptions:
         """How the batches are visited for what has no closed form."""
         if isinstance(self.method, Revisit):
             return self.method
-        return Revisit() if self.method == "exact" else _SKETCH
+        return ALL_DATA if self.method == "exact" else _SKETCH
 
     @property
     def prefers_closed_form(self) -> bool:
