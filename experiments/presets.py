@@ -151,7 +151,10 @@ TOY_PROBLEM: Mapping[PresetName, Settings] = {
 
 _PAPER_CIFAR = replace(
     _PAPER_TOY,
-    models=("fc", "conv", "fc+conv", "f_fc", "f_fc+conv", "s_fc", "s_conv", "s_fc+s_conv"),
+    models=(
+        *("fc", "conv", "fc+conv", "f_fc", "f_fc+conv", "s_fc", "s_conv", "s_fc+s_conv"),
+        *("s_fc@lengthscales", "s_conv@lengthscales", "s_fc+s_conv@lengthscales"),
+    ),
     tasks=("cifar10",),
     antialias=True,
     augment=True,

@@ -22,7 +22,7 @@ from experiments.records import RESULTS, Cell, is_done, versions, write_record
 from experiments.summary import starts, summary
 from margeq.curvature.options import KfacOptions
 from margeq.data import ImageTask, random_shift_flip
-from margeq.errors import ConvergenceWarning
+from margeq.errors import ConfigError, ConvergenceWarning
 from margeq.models import ella
 
 __all__ = ["Options", "run_cell", "run_table"]
@@ -141,9 +141,17 @@ def run_cell(
 
 
 def network(cell: Cell, settings: Settings, task: ImageTask) -> nn.Module:
-    """The paper's network, at the preset's width and size."""
+    """The paper's network, at the preset's width and size.
+
+    ``s_conv@lengthscales`` has one lengthscale per filter, priced by a penalty in the evidence,
+    where ``s_conv`` has one per layer.
+    """
+    kind, _, prior_on = cell.model.partition("@")
+    if prior_on not in ("", "lengthscales"):
+        raise ConfigError(f"network {cell.model!r}: after @ only 'lengthscales' is known")
     return ella(
-        cell.model,
+        kind,
+        per_filter=prior_on == "lengthscales",
         width=settings.width,
         in_channels=task.train_images.shape[1],
         num_classes=task.n_classes,
@@ -213,8 +221,6 @@ def _schedule(cell: Cell, settings: Settings) -> dict[str, Any]:
         "hyper_solver": settings.hyper_solver,
         "n_hypersteps": settings.n_hypersteps,
         "lr_hyp": settings.lr_hyp,
-        # lengthscales: all batches, since a tenth of ten may be none
-        "network_gradient": "exact",
         "n_epochs_burnin": settings.burnin,
         "marglik_frequency": settings.frequency,
         "restarts": _starts(cell.model, settings),
@@ -222,7 +228,7 @@ def _schedule(cell: Cell, settings: Settings) -> dict[str, Any]:
 
 
 def _starts(model: str, settings: Settings) -> list[str]:
-    *others, last = model.split("+")
+    *others, last = model.partition("@")[0].split("+")
     if not others:
         return [settings.single_start]
     return [f"only:{last}" if name == "convolutional" else name for name in settings.starts]

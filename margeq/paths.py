@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol, cast
 
+import torch
 from torch import nn
 
-__all__ = ["PathSum", "all_paths_on", "path_prefixes", "path_sums"]
+__all__ = ["PathSum", "Shapes", "all_paths_on", "path_prefixes", "path_sums"]
+
+
+Shapes = Mapping[nn.Module, tuple[torch.Size, torch.Size]]
+"""Module -> shape ``[c, ...]`` of one datum's input and output."""
 
 
 class PathSum(Protocol):
@@ -21,8 +26,8 @@ class PathSum(Protocol):
         """Every declared path, on or off."""
         ...
 
-    def less_constrained(self) -> tuple[str, ...]:
-        """Paths that span more maps than the most constrained one."""
+    def less_constrained(self, shapes: Shapes) -> tuple[str, ...]:
+        """Paths that span more maps than the most constrained one, for inputs of these shapes."""
         ...
 
     def switch_off(self, name: str) -> None:

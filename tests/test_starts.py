@@ -160,6 +160,21 @@ def test_polyphase_counts_for_the_span():
     assert layer.less_constrained() == ("fc",)
 
 
+@pytest.mark.parametrize(
+    ("size", "relaxed"),
+    [((4, 4), ("fc",)), ((2, 2), ("fc",)), ((2, 4), ("fc",)), ((1, 1), ())],
+)
+def test_small_maps_count_only_the_taps_that_differ(size, relaxed):
+    # nine taps on a map of four pixels are four maps, on one of a single pixel one
+    half = tuple(max(1, extent // 2) for extent in size)
+    conv = nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular")
+    pool = PolyphaseSubsample() if min(size) > 1 else nn.Identity()
+    paths = {"conv": nn.Sequential(conv, pool), "fc": FactoredLinear2d(2, 3, size, half)}
+    model = nn.Sequential(ResidualPathways(paths))
+    scale = function_scale(model, named_weights(model), torch.randn(2, 2, *size))
+    assert model[0].less_constrained(scale.shapes) == relaxed
+
+
 def test_shares_sum_to_one_and_an_off_path_has_none():
     model = wide_network("sum")
     model[0].switch_off("dense")

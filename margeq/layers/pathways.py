@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from types import MappingProxyType
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from margeq.curvature.io import rule_for
 from margeq.errors import ConfigError
+from margeq.paths import Shapes
 
 __all__ = ["ResidualPathways", "span_dimension"]
+
+
+NO_SHAPES: Shapes = MappingProxyType({})
 
 
 class ResidualPathways(nn.Module):
@@ -87,9 +93,19 @@ class ResidualPathways(nn.Module):
         """Every declared path, on or off."""
         yield from self.paths.items()
 
-    def less_constrained(self) -> tuple[str, ...]:
-        """Paths that span more maps than the most constrained path of this layer."""
-        spans = {name: span_dimension(path) for name, path in self.named_paths()}
+    def less_constrained(self, shapes: Shapes = NO_SHAPES) -> tuple[str, ...]:
+        """Paths that span more maps than the most constrained path of this layer.
+
+        Among paths that span equally many, those are less constrained that span a larger part of
+        all maps between their input and their output.
+
+        Args:
+            shapes: input and output shape ``[c, ...]`` of the maps inside, where they are known.
+
+        Returns:
+            Names, in the declared order.
+        """
+        spans = {name: _freedom(path, shapes) for name, path in self.named_paths()}
         smallest = min(spans.values())
         return tuple(name for name, span in spans.items() if span > smallest)
 
@@ -125,18 +141,55 @@ class ResidualPathways(nn.Module):
             raise ConfigError(f"no path {name!r}; this layer has {', '.join(self.paths)}")
 
 
-def span_dimension(path: nn.Module) -> int:
+def span_dimension(path: nn.Module, shapes: Shapes = NO_SHAPES) -> int:
     """Dimension of the linear span of the maps that a path can represent.
 
     A layer says so itself in ``span_dimension``; for a plain linear map it is the number of
-    weights. In a composition the widest map counts.
+    weights, of which a convolution on a map smaller than its kernel has fewer that differ. In a
+    composition the widest map counts.
+
+    Args:
+        path: any module.
+        shapes: input and output shape ``[c, ...]`` of the maps inside, where they are known.
 
     Returns:
         A number of dimensions, 0 for a path without weights.
     """
-    own = getattr(path, "span_dimension", None)
-    if own is not None:
-        return int(own)
-    weight = getattr(path, "weight", None)
-    here = weight.numel() if isinstance(weight, Tensor) and rule_for(type(path)) else 0
-    return max([here, *(span_dimension(child) for child in path.children())])
+    return max((_own_span(module, shapes) for module in _maps(path)), default=0)
+
+
+def _freedom(path: nn.Module, shapes: Shapes) -> tuple[int, float]:
+    """The span's dimension, and its share of all maps between the same inputs and outputs."""
+    of_all = [
+        _own_span(module, shapes) / math.prod(shape.numel() for shape in shapes[module])
+        for module in _maps(path)
+        if module in shapes
+    ]
+    return span_dimension(path, shapes), max(of_all, default=0.0)
+
+
+def _maps(path: nn.Module) -> list[nn.Module]:
+    """The modules of a path that are maps by themselves."""
+    if hasattr(path, "span_dimension"):
+        return [path]
+    is_map = isinstance(getattr(path, "weight", None), Tensor) and rule_for(type(path))
+    inside = [module for child in path.children() for module in _maps(child)]
+    return [path, *inside] if is_map else inside
+
+
+def _own_span(module: nn.Module, shapes: Shapes) -> int:
+    declared = getattr(module, "span_dimension", None)
+    if declared is not None:
+        return int(declared)
+    weight = cast(Tensor, module.weight)
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module in shapes:
+        pairs = weight.shape[:2].numel()  # of channels
+        return min(weight.numel(), pairs * _taps(module, shapes[module][0][1:]))
+    return weight.numel()
+
+
+def _taps(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, extents: torch.Size) -> int:
+    """Number of offsets between pixels of a map, of those that the kernel has."""
+    circular = conv.padding_mode == "circular"  # offsets that differ by the extent are the same
+    offsets = (extent if circular else 2 * extent - 1 for extent in extents)
+    return math.prod(map(min, conv.kernel_size, offsets))

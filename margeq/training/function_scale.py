@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from margeq.curvature.capture import Use, eval_mode, forward, record
 from margeq.curvature.io import InputRows
 from margeq.parameters import matches
-from margeq.paths import path_prefixes, path_sums
+from margeq.paths import Shapes, path_prefixes, path_sums
 
 __all__ = ["FunctionScale", "function_scale"]
 
@@ -38,12 +38,14 @@ class FunctionScale:
         is_bias: whether the tensor is a bias.
         path_outputs: layer -> path -> tensors of the map that writes the path's output.
         modules: tensors of the map that writes each module's output, weight and bias together.
+        shapes: shape ``[c, ...]`` of one datum's input and output of each module with weights.
     """
 
     precision: dict[str, float]
     is_bias: dict[str, bool]
     path_outputs: dict[str, dict[str, tuple[str, ...]]]
     modules: tuple[tuple[str, ...], ...]
+    shapes: Shapes
 
 
 def function_scale(
@@ -71,7 +73,8 @@ def function_scale(
             fan_in = 1.0 if is_bias[name] else _fan_in(use.layer, local, rows[local]) / gain
             precision[name] = fan_in * path_scales.get(name, 1.0) ** 2
     modules = dict.fromkeys(_output_tensors(use) for use in uses)
-    return FunctionScale(precision, is_bias, path_outputs, tuple(modules))
+    shapes = {use.layer: (use.x.shape[1:], use.y.shape[1:]) for use in uses}
+    return FunctionScale(precision, is_bias, path_outputs, tuple(modules), shapes)
 
 
 def _fan_in(layer: nn.Module, local: str, rows: InputRows) -> float:

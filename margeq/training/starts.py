@@ -125,7 +125,7 @@ def _relaxed_tensors(model: nn.Module, scale: FunctionScale) -> list[str]:
     return [
         name
         for layer, outputs in scale.path_outputs.items()
-        for path in sums[layer].less_constrained()
+        for path in sums[layer].less_constrained(scale.shapes)
         for name in outputs[path]
     ]
 
