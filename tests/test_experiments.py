@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from experiments.published import TABLE_1, TABLE_2, TABLE_4
 from experiments.records import Cell
 from margeq.data import ImageTask
 from margeq.errors import ConfigError, DataError
+from margeq.parameters import named_hyperparameters
 
 TINY = replace(
     TOY_PROBLEM["cpu"],
@@ -210,6 +212,22 @@ def test_published_numbers_are_consistent():
         assert row.fc.relative == pytest.approx(row.fc.normalised / total, rel=0.3, abs=1e-8)
         assert row.fc.relative + row.conv.relative == pytest.approx(1, abs=2e-8)
         assert row.selected == ("fc" if row.fc.relative > 0.5 else "conv")
+
+
+def test_lengthscale_rows_have_one_lengthscale_per_filter():
+    settings = CIFAR10["cpu"]
+    task = SimpleNamespace(train_images=torch.zeros(1, 3, 16, 16), n_classes=10)
+    per_layer, per_filter = (
+        runs.network(Cell("cifar10", "cpu", "cifar10", model, "evidence", 0), settings, task)
+        for model in ("s_conv", "s_conv@lengthscales")
+    )
+    counts = [
+        [len(t) for t in named_hyperparameters(model).values()] for model in (per_layer, per_filter)
+    ]
+    assert counts[0] == [1] * 8
+    assert counts[1] == [settings.width * factor for factor in (1, 2, 2, 4, 4, 8, 8, 16)]
+    with pytest.raises(ConfigError, match="after @ only 'lengthscales'"):
+        runs.network(Cell("cifar10", "cpu", "cifar10", "s_conv@x", "evidence", 0), settings, task)
 
 
 def test_ranking_counts_pairs_in_the_same_order(root):
