@@ -11,8 +11,8 @@ at fixed weights. With the exact root it equals full double back-propagation thr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,11 +39,11 @@ from margeq.errors import ConfigError, DataError
 from margeq.laplace import log_marginal_likelihood
 from margeq.likelihoods import Likelihood
 from margeq.linalg import project
-from margeq.parameters import log_hyperprior
+from margeq.parameters import log_hyperprior, requiring_grad
 from margeq.priors import GaussianPrior
 from margeq.revisit import ALL_DATA, CountedLoader, Revisit, n_batches
 
-__all__ = ["Revisit", "network_gradient", "thawed"]
+__all__ = ["Revisit", "network_gradient"]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def network_gradient(
     device = next(model.parameters()).device
     with ExitStack() as stack:
         stack.enter_context(eval_mode(model))
-        stack.enter_context(thawed(hyperparameters))
+        stack.enter_context(requiring_grad(hyperparameters.values()))
         stack.enter_context(torch.enable_grad())
         visitor = _Visitor(
             model, weights, likelihood, options, revisit,
@@ -139,19 +139,6 @@ def _pinned(model: nn.Module, stack: ExitStack) -> list[tuple[Tensor, Tensor]]:
     offers = [module.pinned for module in model.modules() if hasattr(module, "pinned")]
     pairs = [stack.enter_context(offer()) for offer in offers]  # pyright: ignore[reportCallIssue]
     return [(value, leaf) for value, leaf in pairs if leaf.requires_grad]
-
-
-@contextmanager
-def thawed(hyperparameters: Mapping[str, Tensor]) -> Iterator[None]:
-    """Hyperparameters require gradients while the context is open, as before afterwards."""
-    flags = {name: tensor.requires_grad for name, tensor in hyperparameters.items()}
-    try:
-        for tensor in hyperparameters.values():
-            tensor.requires_grad_(True)
-        yield
-    finally:
-        for name, tensor in hyperparameters.items():
-            tensor.requires_grad_(flags[name])
 
 
 def _cotangents(state: CurvatureState, prior: GaussianPrior, likelihood: Likelihood) -> _Cotangents:

@@ -21,6 +21,7 @@ from margeq.curvature.forms import Eigenvalues
 from margeq.curvature.options import EvidenceFlavour
 from margeq.errors import ConfigError
 from margeq.likelihoods import Likelihood
+from margeq.parameters import requiring_grad
 from margeq.priors import GaussianPrior
 
 __all__ = [
@@ -196,16 +197,9 @@ def hyper_gradient(
 ) -> tuple[float, dict[str, Tensor]]:
     """Evidence and its gradient in every log precision and in ``log_sigma_noise``."""
     leaves = {**prior.log_prior_precision, **likelihood.hyperparameters}
-    flags = {name: leaf.requires_grad for name, leaf in leaves.items()}
-    for leaf in leaves.values():
-        leaf.requires_grad_(True)
-    try:
-        with torch.enable_grad():
-            value = evidence(spectrum, prior, likelihood).total
-            grads = torch.autograd.grad(value, list(leaves.values()))
-    finally:
-        for name, leaf in leaves.items():
-            leaf.requires_grad_(flags[name])
+    with requiring_grad(leaves.values()), torch.enable_grad():
+        value = evidence(spectrum, prior, likelihood).total
+        grads = torch.autograd.grad(value, list(leaves.values()))
     return float(value.detach()), dict(zip(leaves, grads, strict=True))
 
 

@@ -21,7 +21,7 @@ from margeq.errors import ConfigError, ConvergenceWarning
 from margeq.function_share import function_variances
 from margeq.laplace import hyper_gradient
 from margeq.likelihoods import Likelihood, as_likelihood
-from margeq.parameters import named_weights
+from margeq.parameters import named_weights, requiring_grad
 from margeq.priors import GaussianPrior
 from margeq.training.guards import (
     Rewind,
@@ -29,7 +29,7 @@ from margeq.training.guards import (
     random_devices,
     transaction,
 )
-from margeq.training.network import NetworkStepsOptions, collect_hyperparameters, frozen
+from margeq.training.network import NetworkStepsOptions, collect_hyperparameters
 from margeq.training.problem import Problem, Schedule, first_look
 from margeq.training.result import Diagnostics, MargLikResult, Restart
 from margeq.training.run import Outcome, run
@@ -186,7 +186,8 @@ def optimize_marglik(
     rewind = Rewind(model, (train_loader, marglik_loader), inside.values())
     with ExitStack() as stack:
         stack.enter_context(transaction(rewind))
-        stack.enter_context(frozen(inside))
+        # no gradient of the training loss can reach them
+        stack.enter_context(requiring_grad(inside.values(), False))
         run_seed = int(torch.randint(2**31, ())) if seed is None else seed
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.random.fork_rng(devices=random_devices(model)))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,21 @@ __all__ = [
     "named_hyperparameters",
     "named_weights",
     "owners",
+    "requiring_grad",
 ]
+
+
+@contextmanager
+def requiring_grad(tensors: Iterable[Tensor], wanted: bool = True) -> Iterator[None]:
+    """Leaf tensors require gradients, or none, while the context is open; then as before."""
+    flags = [(tensor, tensor.requires_grad) for tensor in tensors]
+    try:
+        for tensor, _ in flags:
+            tensor.requires_grad_(wanted)
+        yield
+    finally:
+        for tensor, flag in flags:
+            tensor.requires_grad_(flag)
 
 
 def matches(name: str, selection: Sequence[str]) -> bool:

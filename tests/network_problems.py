@@ -14,7 +14,7 @@ from torch import nn
 
 import margeq
 from margeq.accumulation import accumulate_with
-from margeq.adjoint import Revisit, network_gradient, thawed
+from margeq.adjoint import Revisit, network_gradient
 from margeq.curvature.capture import backpropagate, eval_mode, record
 from margeq.curvature.factors import FactorSums
 from margeq.curvature.forms import BlockCurvature
@@ -23,7 +23,12 @@ from margeq.curvature.sampling import reseeded, sample_keys
 from margeq.laplace import log_marginal_likelihood
 from margeq.layers import SparseConv2d, SparseFactoredLinear2d
 from margeq.likelihoods import Categorical, Gaussian
-from margeq.parameters import log_hyperprior, named_hyperparameters, named_weights
+from margeq.parameters import (
+    log_hyperprior,
+    named_hyperparameters,
+    named_weights,
+    requiring_grad,
+)
 from margeq.priors import GaussianPrior
 from tests.oracles import F64, data_for, net
 
@@ -77,7 +82,7 @@ def by_double_backward(p: Problem):
     covs = {name: {"input_cov": 0.0, "grad_cov": 0.0} for name in weights}
     with ExitStack() as stack:
         stack.enter_context(eval_mode(p.model))
-        stack.enter_context(thawed(p.hyper))
+        stack.enter_context(requiring_grad(p.hyper.values()))
         with record(p.model, weights, keep_graph=True) as uses:
             outputs = p.model(p.x)
         keys = reseeded(sample_keys(p.x), p.options.seed)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from margeq.accumulation import CurvatureState
-from margeq.adjoint import network_gradient, thawed
+from margeq.adjoint import network_gradient
 from margeq.closed_form import (
     FixedFilters,
     closed_form_gradient,
@@ -23,7 +22,7 @@ from margeq.curvature.capture import eval_mode, forward
 from margeq.curvature.options import KfacOptions
 from margeq.errors import ConfigError, NonFiniteError
 from margeq.likelihoods import Likelihood
-from margeq.parameters import named_hyperparameters
+from margeq.parameters import named_hyperparameters, requiring_grad
 from margeq.priors import GaussianPrior
 from margeq.revisit import ALL_DATA, Revisit
 
@@ -31,7 +30,6 @@ __all__ = [
     "NetworkSteps",
     "NetworkStepsOptions",
     "collect_hyperparameters",
-    "frozen",
     "require_finite",
     "require_influence",
 ]
@@ -103,19 +101,6 @@ def require_finite(hyperparameters: Mapping[str, Tensor]) -> None:
             )
 
 
-@contextmanager
-def frozen(hyperparameters: Mapping[str, Tensor]) -> Iterator[None]:
-    """No gradient of any loss reaches the hyperparameters while the context is open."""
-    flags = {name: tensor.requires_grad for name, tensor in hyperparameters.items()}
-    for tensor in hyperparameters.values():
-        tensor.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for name, tensor in hyperparameters.items():
-            tensor.requires_grad_(flags[name])
-
-
 def require_influence(model: nn.Module, hyperparameters: Mapping[str, Tensor], inputs: Any) -> None:
     """Check that the model's output depends on each hyperparameter.
 
@@ -124,7 +109,7 @@ def require_influence(model: nn.Module, hyperparameters: Mapping[str, Tensor], i
     """
     if not hyperparameters:
         return
-    with eval_mode(model), thawed(hyperparameters), torch.enable_grad():
+    with eval_mode(model), requiring_grad(hyperparameters.values()), torch.enable_grad():
         outputs = forward(model, inputs)
         grads: Sequence[Tensor | None] = [None] * len(hyperparameters)
         if outputs.requires_grad:
