@@ -11,6 +11,7 @@ __all__ = [
     "DataWarning",
     "DeterminismWarning",
     "DistributedMismatchError",
+    "EquivarianceWarning",
     "FlavourMismatchError",
     "MargeqError",
     "MissingRuleError",
@@ -79,3 +80,7 @@ class DeterminismWarning(UserWarning):
 
 class DataWarning(UserWarning):
     """Data are usable, but part of them is never seen."""
+
+
+class EquivarianceWarning(UserWarning):
+    """A layer breaks the symmetry that the model is built for."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -18,6 +18,7 @@ __all__ = [
     "log1p_ratio",
     "log_det_one_plus",
     "project",
+    "psd_block_eigenvalues",
     "psd_eigenvalues",
     "psd_eigh",
     "whitened",
@@ -63,6 +64,30 @@ def psd_eigenvalues(matrices: Tensor, name: str, resolution: float = 0.0) -> tup
     return _clamped(_guarded(torch.linalg.eigvalsh, matrices, name), name, resolution)
 
 
+def psd_block_eigenvalues(
+    blocks: Iterable[tuple[Tensor, int]], name: str, resolution: float = 0.0
+) -> tuple[Tensor, int]:
+    """As :func:`psd_eigenvalues`, of a matrix that is block-diagonal in some basis.
+
+    Args:
+        blocks: symmetric or Hermitian matrices ``[..., d, d]``, and how often each one appears.
+        name: what the matrices belong to, for messages.
+        resolution: size of the noise floor relative to the largest eigenvalue of all blocks.
+
+    Returns:
+        Eigenvalues ``[..., sum of d]`` of one block after the other, and the clamped count.
+
+    Raises:
+        NonFiniteError: if an entry is NaN or infinite.
+        NotPSDError: if no jitter of the ladder makes a decomposition succeed.
+    """
+    values = [
+        _guarded(torch.linalg.eigvalsh, matrices, name).repeat_interleave(times, dim=-1)
+        for matrices, times in blocks
+    ]
+    return _clamped(torch.cat(values, dim=-1), name, resolution)
+
+
 def psd_eigh(matrices: Tensor, name: str, resolution: float = 0.0) -> tuple[Tensor, Tensor, int]:
     """As :func:`psd_eigenvalues`, with orthonormal eigenvectors in the columns of ``[..., d, d]``.
 
@@ -88,7 +113,7 @@ def _guarded(
             f"curvature factor of {name!r} has {count} non-finite entries "
             f"(shape {tuple(matrices.shape)}); lower the learning rate or check the data"
         )
-    symmetric = 0.5 * (matrices + matrices.mT)
+    symmetric = 0.5 * (matrices + matrices.mH)
     try:
         return decompose(symmetric)
     except _LinAlgError:
