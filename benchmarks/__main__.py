@@ -12,6 +12,8 @@ from torch import nn
 
 from benchmarks.curvature import captured_trace, curvature_jobs, hyper_jobs, plain_jobs
 from benchmarks.factored import factored_rows
+from benchmarks.group_fourier import fourier_rows
+from benchmarks.group_layers import group_layer_rows
 from benchmarks.lengthscales import EPOCHS, N_DATA, lengthscale_jobs, memory_jobs
 from benchmarks.memory import MemoryRow, gradient_memory, peak_memory
 from benchmarks.neighbours import neighbour_hyper_jobs, neighbour_jobs
@@ -68,7 +70,9 @@ def run(quick: bool) -> Report:
         "captured_trace": captured_trace(model, batches),
         "lengthscale_data": N_DATA,
     }
-    return Report(facts, rows, factored_rows(repeats), lengthscales, memory)
+    factored, fourier = factored_rows(repeats), fourier_rows(repeats)
+    layers = group_layer_rows(repeats)
+    return Report(facts, rows, factored, lengthscales, memory, fourier, layers)
 
 
 def _rows(jobs: Sequence[Job], costs: Mapping[str, Cost], peaks: Mapping[str, float]) -> list[Row]:

@@ -202,7 +202,8 @@ class _Visitor:
         pull.add(self._likelihood.fit(outputs, targets), self._cotangents.fit)
         for term in sums.input_terms(uses, batch.inputs, reseeded(keys, self._options.seed)):
             if term.name in self._cotangents.input_cov:
-                pull.add_gram(term.rows, self._cotangents.input_cov[term.name], term.scale)
+                rows, cotangent = term.expanded_rows(), self._cotangents.input_cov[term.name]
+                pull.add_gram(rows, cotangent, term.scale)
         root = self._root(outputs, keys)
         everyone = torch.arange(len(batch), device=outputs.device)
         for v in range(root.n_columns):

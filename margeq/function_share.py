@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from margeq.batches import Batch
 from margeq.curvature.capture import eval_mode, forward
-from margeq.paths import path_prefixes, path_sums
+from margeq.paths import PathSum, path_sums
 
 __all__ = ["Variances", "function_variances", "shares"]
 
@@ -21,9 +23,10 @@ Variances = dict[str, dict[str, float]]
 def function_variances(
     model: nn.Module, batches: Iterable[Batch], max_data: int | None = None
 ) -> Variances:
-    """Variance over the data of each path's output, summed over output elements.
+    """Variance over the data of what each path adds to its layer, summed over output elements.
 
-    Evaluation mode, after path scaling and pooling; a switched-off path has variance 0.
+    Evaluation mode, after path scaling and pooling (at the phase that the layer chose, if its paths
+    are subsampled together); a switched-off path has variance 0.
 
     Args:
         model: with or without path sums.
@@ -33,12 +36,11 @@ def function_variances(
     Returns:
         layer -> path -> variance.
     """
-    prefixes = path_prefixes(model)
-    moments = {p: _Moments() for named in prefixes.values() for p in named.values()}
-    if not moments:
+    layers = {prefix: _Contributions(sum_) for prefix, sum_ in path_sums(model).items()}
+    if not layers:
         return {}
-    handles = [model.get_submodule(p).register_forward_hook(m.add) for p, m in moments.items()]
-    sums, seen = path_sums(model), 0
+    handles = [h for prefix, c in layers.items() for h in c.watch(model.get_submodule(prefix))]
+    seen = 0
     try:
         with eval_mode(model), torch.no_grad():
             for batch in batches:
@@ -49,13 +51,39 @@ def function_variances(
     finally:
         for handle in handles:
             handle.remove()
-    return {
-        layer: {
-            path: moments[prefix].variance() * sums[layer].scale ** 2
-            for path, prefix in named.items()
-        }
-        for layer, named in prefixes.items()
-    }
+    return {prefix: layer.variances() for prefix, layer in layers.items()}
+
+
+class _Contributions:
+    """What each path adds to one layer, over all calls of the layer."""
+
+    def __init__(self, layer: PathSum) -> None:
+        self._layer = layer
+        self._moments = {name: _Moments() for name, _ in layer.named_paths()}
+        self._outputs: dict[str, Tensor] = {}
+
+    def watch(self, module: nn.Module) -> list[RemovableHandle]:
+        """Look at the outputs of the paths, and add them up when the layer has its own."""
+        keep = [
+            path.register_forward_hook(partial(self._keep, name))
+            for name, path in self._layer.named_paths()
+        ]
+        return [*keep, module.register_forward_hook(self._add)]
+
+    def _keep(self, name: str, module: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
+        self._outputs[name] = y.detach()
+
+    def _add(self, module: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
+        # a layer that subsamples its paths together knows what is left of each
+        added = getattr(module, "contributions", dict)(self._outputs)
+        for name, values in added.items():
+            self._moments[name].add(values)
+        self._outputs = {}
+
+    def variances(self) -> dict[str, float]:
+        """Path -> variance over the data, summed over output elements."""
+        scale = self._layer.scale
+        return {name: moments.variance() * scale**2 for name, moments in self._moments.items()}
 
 
 class _Moments:
@@ -67,8 +95,9 @@ class _Moments:
         self._squares: Tensor | float = 0.0
         self._shift: Tensor | None = None
 
-    def add(self, module: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
-        values = y.detach().double()
+    def add(self, y: Tensor) -> None:
+        """Add the data of one call ``[n, ...]``."""
+        values = y.double()
         if self._shift is None:
             # moments about the first datum: no cancellation for large means
             self._shift = values[:1].clone()

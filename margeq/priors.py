@@ -20,18 +20,28 @@ LOG_PRECISION_RANGE = 17.0
 
 
 class GaussianPrior:
-    """``theta_t ~ N(0, 1 / delta_g(t))``: one precision per group ``g`` of tensors ``t``.
+    """``theta_t ~ N(0, 1 / delta_t)``: one precision per group ``g`` of tensors ``t``.
+
+        log delta_t = log delta_g(t) + offset_t
+
+    Factors of one product, as those of a factored layer, leave the function as it is under
+    ``U -> c U, V -> V / c``: precisions of their own have a direction in which the evidence is
+    flat. ``"tied"`` gives such factors one precision, relative to the function scale of each:
+    offsets are the differences between those scales. They are zero otherwise.
 
     Args:
         model: the model whose weights it is for.
-        structure: ``"layerwise"`` (one per tensor), ``"scalar"`` (one for all), ``"pathwise"``
-            (one per candidate path, one per tensor elsewhere), or a mapping from names of
-            parameters or modules to group names, tensor names being their own group otherwise.
-        prior_precision: one value, or one per group, in units of 1 / weight^2.
+        structure: ``"layerwise"`` (one per tensor), ``"tied"`` (one per tensor, or per product of
+            tensors), ``"scalar"`` (one for all), ``"pathwise"`` (one per candidate path, one per
+            tensor elsewhere), or a mapping from names of parameters or modules to group names,
+            tensor names being their own group otherwise.
+        prior_precision: one value, or one per group, in units of 1 / weight^2; of a product the
+            geometric mean over its factors.
         parameters: as in :func:`margeq.named_weights`.
 
     Attributes:
         groups: tensor name -> group name.
+        log_offset: tensor name -> ``offset_t``; those of a group have mean 0.
         log_prior_precision: group name -> scalar float64 tensor.
         log_center: group name -> logarithm of the function-scale precision around which
             log precisions are kept.
@@ -48,7 +58,9 @@ class GaussianPrior:
         parameters: str | Sequence[str] = "all",
     ) -> None:
         weights = named_weights(model, parameters)
-        self.groups = _groups(model, list(weights), structure)
+        self.groups = _groups(model, weights, structure)
+        self.log_offset = dict.fromkeys(weights, 0.0)
+        self._ties_factors = isinstance(structure, str) and structure == "tied"
         device = next(iter(weights.values())).device if weights else torch.device("cpu")
         names = list(dict.fromkeys(self.groups.values()))
         values = _per_group(names, prior_precision)
@@ -65,7 +77,7 @@ class GaussianPrior:
 
     def log_precision_of(self, tensor: str) -> Tensor:
         """Log precision of one weight tensor."""
-        return self.log_prior_precision[self.groups[tensor]]
+        return self.log_prior_precision[self.groups[tensor]] + self.log_offset[tensor]
 
     def members(self, group: str) -> list[str]:
         """Weight tensors of a group."""
@@ -75,6 +87,24 @@ class GaussianPrior:
         """Smallest and largest log precision allowed."""
         center = self.log_center[group]
         return center - LOG_PRECISION_RANGE, center + LOG_PRECISION_RANGE
+
+    def set_function_scale(self, precisions: Mapping[str, float]) -> None:
+        """Keep log precisions around function scale, and tie factors relative to it.
+
+        Args:
+            precisions: function-scale precision of each weight tensor.
+        """
+        logs = {tensor: math.log(value) for tensor, value in precisions.items()}
+        self.log_center = self.group_means(logs)
+        if self._ties_factors:
+            self.log_offset = {t: log - self.log_center[self.groups[t]] for t, log in logs.items()}
+
+    def group_means(self, log_precisions: Mapping[str, float]) -> dict[str, float]:
+        """Mean over each group that has members among some tensors."""
+        logs: dict[str, list[float]] = {}
+        for tensor, value in log_precisions.items():
+            logs.setdefault(self.groups[tensor], []).append(value)
+        return {group: sum(values) / len(values) for group, values in logs.items()}
 
     def assign(self, log_precisions: Mapping[str, Tensor | float]) -> None:
         """Set log precisions, clamped to their bounds."""
@@ -99,13 +129,16 @@ class GaussianPrior:
 
 
 def _groups(
-    model: nn.Module, tensors: list[str], structure: str | Mapping[str, str]
+    model: nn.Module, weights: Mapping[str, nn.Parameter], structure: str | Mapping[str, str]
 ) -> dict[str, str]:
+    tensors = list(weights)
     if isinstance(structure, Mapping):
         _require_known(tensors, structure)
         return {t: _lookup(t, structure) for t in tensors}
     if structure == "layerwise":
         return {t: t for t in tensors}
+    if structure == "tied":
+        return {t: t for t in tensors} | _products(model, weights)
     if structure == "scalar":
         return dict.fromkeys(tensors, "all")
     if structure == "pathwise":
@@ -119,8 +152,23 @@ def _groups(
             "precision per tensor or coarser; use 'layerwise'"
         )
     raise ConfigError(
-        f"structure={structure!r}: use 'scalar', 'layerwise', 'pathwise' or a mapping of names"
+        f"structure={structure!r}: use 'scalar', 'layerwise', 'tied', 'pathwise' or a mapping of "
+        f"names"
     )
+
+
+def _products(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[str, str]:
+    """Tensor -> product ``"layer.u*v"`` for the factors that layers declare in ``tied_factors``."""
+    name_of = {id(weight): name for name, weight in weights.items()}
+    found: dict[str, str] = {}
+    for prefix, module in model.named_modules():
+        declared: Sequence[Sequence[str]] = getattr(module, "tied_factors", ())
+        for factors in declared:
+            present = [f for f in factors if id(module.get_parameter(f)) in name_of]
+            product = f"{prefix}.{'*'.join(present)}".removeprefix(".")
+            for factor in present:
+                found[name_of[id(module.get_parameter(factor))]] = product
+    return found
 
 
 def _lookup(tensor: str, structure: Mapping[str, str]) -> str:

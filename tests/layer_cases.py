@@ -4,9 +4,37 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import nn
 
-from margeq.layers import FactoredLinear2d, Linear2d, SparseConv2d, SparseFactoredLinear2d
+from margeq.groups import (
+    P2,
+    P4,
+    P4M,
+    PM,
+    C,
+    D,
+    FiniteGroup,
+    S,
+    regular,
+    rotations,
+    standard,
+    trivial,
+)
+from margeq.layers import (
+    EquivariantLinear,
+    FactoredLinear2d,
+    GroupConv2d,
+    IrrepGroupConv2d,
+    LiftingConv2d,
+    Linear2d,
+    PairSeparableConv2d,
+    SeparableGroupConv2d,
+    SparseConv2d,
+    SparseFactoredLinear2d,
+    SparseGroupConv2d,
+    SubgroupConv2d,
+)
 from margeq.testing import LayerCase
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -18,6 +46,37 @@ def conv(kind: type[nn.Module], name: str, *channels: int, size: tuple[int, ...]
 
 
 sparse = SparseFactoredLinear2d
+
+
+def batch_norm(kind: type[nn.Module], *size: int):
+    def make() -> nn.Module:
+        layer = kind(3, eps=0.1).eval()
+        layer.running_mean.copy_(torch.tensor([-1.0, 0.0, 2.0]))
+        layer.running_var.copy_(torch.tensor([0.5, 1.0, 3.0]))
+        return layer
+
+    name = "-".join([kind.__name__, *map(str, size)])
+    return LayerCase(name, make, (4, 3, *size), shared=("weight",) if size else ())
+
+
+def on_group(kind: type[nn.Module], name: str, group: FiniteGroup, *args, size=(3, 3), **options):
+    lifts = kind is LiftingConv2d
+    shape = (3, args[0], *size) if lifts else (3, args[0], group.order, *size)
+    shared = ("weight", "weight_w", "pairs.weight_w", *(f"{part}.weight" for part in PARTS))
+    shared += tuple(f"weight_{r}" for r in range(5))
+    return LayerCase(
+        f"{kind.__name__}-{name}", partial(kind, *args, group=group, **options), shape, shared
+    )
+
+
+PARTS = ("elements", "plane", "channels", "pairs", "conv")
+
+
+def equivariant(name: str, rep_in, rep_out, *channels: int, **options):
+    make = partial(EquivariantLinear, rep_in, rep_out, *channels, **options)
+    shared = ("weight",) if rep_out.dim > 1 else ()
+    return LayerCase(f"EquivariantLinear-{name}", make, (3, channels[0], rep_in.dim), shared)
+
 
 LAYER_CASES = [
     LayerCase("Linear", partial(nn.Linear, 4, 3), (5, 4)),
@@ -72,4 +131,75 @@ LAYER_CASES = [
         partial(sparse, 2, 3, (3, 3), (2, 2), anchors=(4, "grid"), learn_anchors=True),
         (4, 2, 3, 3),
     ),
+    on_group(LiftingConv2d, "p4", P4, 2, 3, 3, padding=1, padding_mode="circular"),
+    on_group(LiftingConv2d, "p4m-even", P4M, 1, 2, 2, size=(4, 4), stride=2),
+    on_group(LiftingConv2d, "groups", P4, 4, 6, 3, groups=2, padding="same", bias=False),
+    on_group(LiftingConv2d, "c8", C(8), 1, 2, 3),
+    on_group(LiftingConv2d, "bilinear", C(8), 1, 2, 3, padding=1, filters="bilinear"),
+    on_group(LiftingConv2d, "siren", D(3), 1, 2, 3, filters="siren"),
+    on_group(GroupConv2d, "p4", P4, 2, 3, 3, padding=1, padding_mode="circular"),
+    on_group(GroupConv2d, "p4m", P4M, 1, 2, 2),
+    on_group(GroupConv2d, "p4m-reflect", P4M, 1, 2, 3, padding=1, padding_mode="reflect"),
+    on_group(GroupConv2d, "z2", C(1), 2, 3, 3, padding=1, bias=False),
+    on_group(GroupConv2d, "groups", PM, 4, 6, 3, groups=2, size=(5, 5), stride=2, dilation=2),
+    on_group(GroupConv2d, "one-by-one", P4, 2, 3, 1),
+    on_group(GroupConv2d, "c6", C(6), 1, 2, 3, padding=1),
+    on_group(GroupConv2d, "d3-bilinear", D(3), 1, 1, 3, filters="bilinear"),
+    *(
+        on_group(GroupConv2d, f"{group}-pointwise", group, 2, 3, 3, separability="pointwise")
+        for group in (P2, P4M, C(3))
+    ),
+    on_group(
+        GroupConv2d, "pointwise-groups", P4, 4, 6, 3, separability="pointwise", groups=2, padding=1
+    ),
+    on_group(GroupConv2d, "pointwise-depthwise", P4, 2, 4, 2, separability="pointwise", groups=2),
+    on_group(PairSeparableConv2d, "p4", P4, 2, 3, 3, padding=1, padding_mode="circular"),
+    on_group(PairSeparableConv2d, "p4m", P4M, 1, 2, 2, bias=False),
+    on_group(PairSeparableConv2d, "c8", C(8), 1, 2, 3),
+    *(
+        on_group(SeparableGroupConv2d, kind, P4, 2, 3, 3, kind, padding=1)
+        for kind in ("depthwise", "dg", "g", "gc")
+    ),
+    batch_norm(nn.BatchNorm1d),
+    batch_norm(nn.BatchNorm1d, 5),
+    batch_norm(nn.BatchNorm2d, 3, 2),
+    batch_norm(nn.BatchNorm3d, 2, 2, 3),
+    equivariant("set", standard(S(3)), standard(S(3)), 2, 3),
+    equivariant("orbits", standard(S(3)) * standard(S(3)), 2 * standard(S(3)), 1, 2),
+    equivariant("shifts", regular(C(4)), regular(C(4)), 2, 1, bias=False),
+    equivariant("one-output", regular(P4M), trivial(P4M), 2, 3),
+    equivariant("plane", regular(D(3)), standard(D(3)) + trivial(D(3)), 1, 2),
+    equivariant("vectors", rotations(3) * rotations(3), 2 * rotations(3), 2, 2),
+    on_group(SparseGroupConv2d, "p4", P4, 2, 3, 3, padding=1, padding_mode="circular"),
+    on_group(SparseGroupConv2d, "p4m-even", P4M, 1, 2, 2, size=(4, 4), stride=2, bias=False),
+    on_group(SparseGroupConv2d, "identity", P4, 2, 3, 3, anchors="grid", basis="identity"),
+    on_group(SparseGroupConv2d, "exponential", PM, 2, 2, 3, anchors=7, basis="exponential"),
+    on_group(SparseGroupConv2d, "learned-anchors", P2, 2, 2, 3, anchors=5, learn_anchors=True),
+    on_group(SparseGroupConv2d, "per-filter", P4, 4, 6, 2, groups=2, per_filter=True, anchors=6),
+    LayerCase("Linear2d-group", partial(Linear2d, 1, 2, (4, 3, 3), (4, 2, 2)), (4, 1, 4, 3, 3)),
+    LayerCase(
+        "FactoredLinear2d-group",
+        partial(FactoredLinear2d, 2, 3, (4, 3, 3), (4, 2, 2)),
+        (4, 2, 4, 3, 3),
+    ),
+    LayerCase(
+        "SparseFactoredLinear2d-group",
+        partial(sparse, 2, 2, (4, 3, 3), (4, 2, 2), group=P4),
+        (4, 2, 4, 3, 3),
+    ),
+    LayerCase(
+        "SparseFactoredLinear2d-lifting-per-filter",
+        partial(sparse, 1, 2, (3, 3), (6, 2, 2), group=D(3), per_filter=True, basis="exponential"),
+        (4, 1, 3, 3),
+    ),
+    LayerCase(
+        "SparseFactoredLinear2d-group-learned-anchors",
+        partial(sparse, 1, 2, (3, 2, 2), (3, 1, 2), group=C(3), anchors=4, learn_anchors=True),
+        (4, 1, 3, 2, 2),
+    ),
+    on_group(IrrepGroupConv2d, "p4", P4, 2, 3, 3, padding=1, padding_mode="circular"),
+    on_group(IrrepGroupConv2d, "p4m-even", P4M, 1, 2, 2, bias=False),
+    on_group(IrrepGroupConv2d, "groups", PM, 4, 6, 3, groups=2, size=(5, 5), stride=2),
+    on_group(SubgroupConv2d, "d4-c4", P4M, 1, 1, 2, subgroup=P4),
+    on_group(SubgroupConv2d, "c4-z2", P4, 1, 2, 3, subgroup=C(1), padding=1),
 ]

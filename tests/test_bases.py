@@ -297,7 +297,7 @@ def test_a_basis_that_stands_still_is_computed_once():
     basis.log_lengthscale.data = basis.log_lengthscale.data - 1.0
     third = basis()
     assert torch.equal(third, basis(basis.log_lengthscale).to(third.dtype))
-    assert deepcopy(basis)._remembered is None
+    assert deepcopy(basis)() is not third
     basis.double()
     assert basis().dtype == torch.float64
 

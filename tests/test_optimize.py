@@ -256,7 +256,7 @@ def test_two_parameters_on_one_storage_are_refused():
 
 @pytest.mark.parametrize(
     ("middle", "name"),
-    [(nn.BatchNorm1d(6), r"1 \(BatchNorm1d\)"), (nn.LayerNorm(6), r"1 \(LayerNorm\)")],
+    [(nn.GroupNorm(2, 6), r"1 \(GroupNorm\)"), (nn.LayerNorm(6), r"1 \(LayerNorm\)")],
 )
 def test_layers_without_a_rule_are_named_with_the_ways_out(middle, name):
     x, y = data()

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from margeq.curvature.capture import Use
 from margeq.curvature.forms import BlockCurvature
+from margeq.curvature.fourier import GroupCirculant
+from margeq.curvature.frames import Frames
 from margeq.curvature.io import InputRows, Layout
 from margeq.curvature.kron import BlockKron
 from margeq.curvature.options import KfacOptions
@@ -31,21 +33,28 @@ class Factors:
     layout: Layout = "obi"
     resolution: float = 0.0
     is_bias: bool = False
+    n_frames: int = 1
+    symmetry: GroupCirculant | None = None
     from_data: bool | None = None
 
     def take_inputs(self, other: Factors) -> None:
         """Use the input sums of another pass over the same data."""
         self.input_cov, self.n_shared = other.input_cov, other.n_shared
         self.layout, self.is_bias, self.resolution = other.layout, other.is_bias, other.resolution
+        self.n_frames, self.symmetry = other.n_frames, other.symmetry
 
     def describe(self, rows: InputRows, from_data: bool) -> None:
         """Note what the inputs of one call say about the weight."""
-        self.layout, self.is_bias = rows.layout, rows.is_bias
+        self.layout, self.is_bias, self.n_frames = rows.layout, rows.is_bias, rows.n_frames
         self.from_data = from_data and self.from_data is not False
 
-    def add_inputs(self, cov: Tensor, n_shared: int) -> None:
+    def add_inputs(
+        self, cov: Tensor, n_shared: int, symmetry: GroupCirculant | None = None
+    ) -> None:
         """Add an input covariance over ``n_shared`` shared positions of all data together."""
         self.resolution = max(self.resolution, torch.finfo(cov.dtype).eps)
+        is_first = self.input_cov is None
+        self.symmetry = symmetry if is_first or self.symmetry == symmetry else None
         self.input_cov = _added(self.input_cov, cov)
         self.n_shared += n_shared
 
@@ -58,7 +67,9 @@ class Factors:
         if self.input_cov is None or self.grad_cov is None:
             return None
         n_shared = self.input_cov.new_tensor(self.n_shared)
-        return BlockKron(self.grad_cov, self.input_cov, n_shared, self.layout, self.resolution)
+        return BlockKron(
+            self.grad_cov, self.input_cov, n_shared, self.layout, self.resolution, self.symmetry
+        )
 
 
 @dataclass
@@ -84,12 +95,24 @@ class InputCovCache:
 
 @dataclass(frozen=True)
 class InputTerm:
-    """What one batch adds to an input covariance: ``scale * gram(rows)``."""
+    """What one batch adds to an input covariance: ``scale * gram(rows)``, summed over frames."""
 
     name: str
     rows: Tensor
     scale: float
     n_shared: int
+    frames: Frames | None = None
+    symmetry: GroupCirculant | None = None
+
+    def expanded_rows(self) -> Tensor:
+        """Rows that run over the frames."""
+        return self.rows if self.frames is None else self.frames.apply(self.rows)
+
+    def gram(self) -> Tensor:
+        """The covariance, through that of the rows alone."""
+        cov = gram(self.rows)
+        cov = cov if self.frames is None else self.frames.conjugate(cov)
+        return cov if self.scale == 1.0 else cov * self.scale
 
 
 class FactorSums:
@@ -115,9 +138,7 @@ class FactorSums:
         """Add the input covariances of one batch; arguments as for :meth:`input_terms`."""
         with torch.no_grad():
             for term in self.input_terms(uses, inputs, keys):
-                cov = gram(term.rows)
-                cov = cov if term.scale == 1.0 else cov * term.scale
-                self._factors[term.name].add_inputs(cov, term.n_shared)
+                self._factors[term.name].add_inputs(term.gram(), term.n_shared, term.symmetry)
 
     def input_terms(self, uses: Sequence[Use], inputs: Any, keys: Tensor) -> list[InputTerm]:
         """The rows whose products one batch adds to the input covariances.
@@ -141,15 +162,13 @@ class FactorSums:
             for local, rows in use.rule.inputs(use.layer, use.x, self._sampler(use, keys)).items():
                 if local not in use.names:
                     continue
-                name, values = use.names[local], _promoted(rows.rows)
+                name = use.names[local]
                 self._factors[name].describe(rows, from_data)
-                if self._reduces(name):
+                if all(self._reduces(name)):
                     total, count = means.get(name, (0.0, 0))
-                    means[name] = total + values.sum(1, keepdim=True), count + rows.n_positions
+                    means[name] = total + _summed(rows), count + rows.n_positions
                 else:
-                    n_data, n_sampled = values.shape[:2]
-                    scale = rows.n_positions / n_sampled
-                    terms.append(InputTerm(name, values, scale, n_data * rows.n_positions))
+                    terms.append(_term(name, rows, *self._reduces(name)))
         for name, (total, n_positions) in means.items():
             terms.append(InputTerm(name, total / n_positions, 1.0, len(keys)))
         return terms
@@ -185,8 +204,9 @@ class FactorSums:
             by_name = use.rule.output_grads(use.layer, use.x, grad[None])
             for local, name in use.names.items():
                 values = _promoted(by_name[local].squeeze(0))
-                if self._reduces(name):
-                    values = values.sum(1, keepdim=True) if values.shape[1] > 1 else values
+                reduces = self._reduces(name)
+                values = _reduced(values, self._factors[name].n_frames, *reduces)
+                if all(reduces):
                     sums[name] = sums[name] + values if name in sums else values
                 else:
                     terms.append((name, values))
@@ -210,16 +230,54 @@ class FactorSums:
         fraction = self._options.position_fraction
         stream = 2 + crc32(use.prefix.encode()) % 2**24
         # means over positions need all of them
-        if fraction >= 1.0 or any(
-            self._options.approx_of(n) == "reduce" for n in use.names.values()
-        ):
+        if fraction >= 1.0 or any(self._options.reduces(n)[0] for n in use.names.values()):
             return lambda _: None
         return lambda n_positions: sample_positions(keys, stream, n_positions, fraction)
 
-    def _reduces(self, name: str) -> bool:
+    def _reduces(self, name: str) -> tuple[bool, bool]:
+        """Whether places, and whether frames, are summed before products are formed."""
         if self._factors[name].is_bias:
-            return self._options.bias_approx == "exact"
-        return self._options.approx_of(name) == "reduce"
+            exact = self._options.bias_approx == "exact"
+            return exact, exact
+        places, frames = self._options.reduces(name)
+        one_axis = self._factors[name].n_frames == 1
+        return places, places if one_axis else frames
+
+
+def _summed(rows: InputRows) -> Tensor:
+    """Rows summed over all positions, ``[n, 1, b, i]``."""
+    total = _promoted(rows.rows).sum(1, keepdim=True)
+    return total if rows.frames is None else rows.frames.apply(total).sum(1, keepdim=True)
+
+
+def _term(name: str, rows: InputRows, places: bool, frames: bool) -> InputTerm:
+    """A covariance over the axes of the shared positions that are not reduced to their means."""
+    n_data, n_positions = len(rows.rows), rows.n_positions
+    # means over the frames have another structure
+    symmetry = None if frames or rows.frames is None else rows.frames.symmetry
+    if not (places or frames):
+        values = _promoted(rows.rows)
+        n_sampled = values.shape[1] * (rows.n_frames if rows.frames else 1)
+        scale = n_positions / n_sampled
+        return InputTerm(name, values, scale, n_data * n_positions, rows.frames, symmetry)
+    values = _promoted(rows.expanded().rows)
+    n_places = n_positions // rows.n_frames
+    reduced = _reduced(values, rows.n_frames, places, frames) / (
+        n_places if places else rows.n_frames
+    )
+    n_shared = rows.n_frames if places else n_places
+    scale = n_shared / reduced.shape[1]
+    return InputTerm(name, reduced, scale, n_data * n_shared, symmetry=symmetry)
+
+
+def _reduced(values: Tensor, n_frames: int, places: bool, frames: bool) -> Tensor:
+    """Sums over places and frames of values ``[n, (h t), b, .]``."""
+    if values.shape[1] == 1 or not (places or frames):
+        return values
+    if places and frames:
+        return values.sum(1, keepdim=True)
+    by_frame = values.unflatten(1, (n_frames, -1))
+    return by_frame.sum(2) if places else by_frame.sum(1)
 
 
 def _added(total: Tensor | None, cov: Tensor) -> Tensor:

@@ -9,12 +9,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from margeq.curvature.frames import Frames
 from margeq.errors import ConfigError
 
 __all__ = [
@@ -52,17 +53,30 @@ class LinearIO:
 class InputRows:
     """Inputs of one weight, possibly at a sample of the shared positions only.
 
+    The shared positions of a weight that sees its inputs in several frames are ``(frame, place)``;
+    places are sampled, frames never.
+
     Attributes:
-        rows: ``[n, m, b, i]`` with ``m <= n_positions``.
-        n_positions: number of shared positions ``t`` per datum.
+        rows: ``[n, m, b, i]``, all sampled positions, or with ``frames`` all sampled places.
+        n_positions: number of shared positions ``t`` per datum, frames times places.
         layout: as in :class:`LinearIO`.
         is_bias: as in :class:`LinearIO`.
+        n_frames: number of frames that ``t`` runs over first.
+        frames: how the rows look in each frame, if they do not yet run over them.
     """
 
     rows: Tensor
     n_positions: int
     layout: Layout = "obi"
     is_bias: bool = False
+    n_frames: int = 1
+    frames: Frames | None = None
+
+    def expanded(self) -> InputRows:
+        """The same with rows that run over the frames."""
+        if self.frames is None:
+            return self
+        return replace(self, rows=self.frames.apply(self.rows), frames=None)
 
 
 class KfacRule(Protocol):
@@ -79,7 +93,7 @@ class Rule:
 
     Attributes:
         inputs: ``(layer, x, sampler) -> {parameter: InputRows}``; ``sampler(t)`` gives the sampled
-            positions ``[n, m]`` or ``None`` for all of them.
+            positions (of a weight with frames: places) ``[n, m]`` or ``None`` for all of them.
         output_grads: ``(layer, x, grad_y) -> {parameter: [v, n, t, b, o]}``.
     """
 
@@ -91,8 +105,8 @@ class Rule:
         rows = self.inputs(layer, x, _all_positions)
         grads = self.output_grads(layer, x, grad_y)
         return {
-            name: LinearIO(rows[name].rows, grads[name], rows[name].layout, rows[name].is_bias)
-            for name in rows
+            name: LinearIO(row.expanded().rows, grads[name], row.layout, row.is_bias)
+            for name, row in rows.items()
         }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from margeq.curvature.fourier import GroupCirculant
 from margeq.curvature.io import Layout
 from margeq.linalg import psd_eigenvalues
 
@@ -23,6 +24,7 @@ class BlockKron:
         n_shared: sum over data of the number of shared positions (reduce: number of data).
         layout: order in which the parameter stores the axes o, b, i.
         resolution: machine epsilon of the dtype in which the products were formed.
+        symmetry: what commutes with ``input_cov``, if anything is known to.
 
     Reference:
         Martens & Grosse 2015; Eschenhagen et al. 2023 (expand, reduce).
@@ -33,6 +35,7 @@ class BlockKron:
     n_shared: Tensor
     layout: Layout = "obi"
     resolution: float = 0.0
+    symmetry: GroupCirculant | None = None
 
     def __add__(self, other: BlockKron) -> BlockKron:
         """Sums of two disjoint sets of data."""
@@ -42,6 +45,7 @@ class BlockKron:
             input_cov=self.input_cov + other.input_cov,
             n_shared=self.n_shared + other.n_shared,
             resolution=max(self.resolution, other.resolution),
+            symmetry=self.symmetry if self.symmetry == other.symmetry else None,
         )
 
     @property
@@ -53,7 +57,8 @@ class BlockKron:
     def log_eigenvalues(self, name: str = "weight") -> tuple[Tensor, int]:
         """Logarithms of the eigenvalues ``[o, b, i]`` (``-inf`` for zero) and the clamped count."""
         grad_values, grad_clamped = psd_eigenvalues(self.grad_cov, name, self.resolution)
-        input_values, input_clamped = psd_eigenvalues(self.input_cov, name, self.resolution)
+        decompose = psd_eigenvalues if self.symmetry is None else self.symmetry.eigenvalues
+        input_values, input_clamped = decompose(self.input_cov, name, self.resolution)
         logs = (
             _safe_log(grad_values).mT[:, :, None]
             + _safe_log(input_values)[None]

@@ -12,7 +12,13 @@ __all__ = ["EvidenceFlavour", "KfacOptions"]
 
 _CURVATURES = ("kfac", "ekfac", "diag", "full")
 _ROOTS = ("exact", "adaptive", "mc")
-_APPROXIMATIONS = ("expand", "reduce")
+_APPROXIMATIONS = {
+    "expand": (False, False),
+    "reduce": (True, True),
+    "expand/reduce": (False, True),
+    "reduce/expand": (True, False),
+}
+"""Name -> whether places, and whether frames, are summed before products are formed."""
 _PLAIN_FACTORS = {"kfac_approx": "expand", "bias_approx": "exact", "position_fraction": 1.0}
 
 
@@ -75,7 +81,9 @@ class KfacOptions:
         mc_samples: columns of the Monte-Carlo root.
         captured_trace: share of the output Hessian's trace that the adaptive root keeps.
         kfac_approx: ``"expand"`` or ``"reduce"`` over shared positions, or a mapping from names
-            of parameters or modules to one of them (``""`` is the default of the rest).
+            of parameters or modules to one of them (``""`` is the default of the rest). For group
+            layers ``"expand/reduce"`` expands places and reduces group elements, and
+            ``"reduce/expand"`` is the converse; other layers have one element.
         bias_approx: ``"exact"``, or ``"expand"`` for parity with other libraries.
         position_fraction: share of the shared positions that enter the input covariances.
         seed: mixed into the content keys of all random draws.
@@ -112,7 +120,7 @@ class KfacOptions:
         named = self.kfac_approx if isinstance(self.kfac_approx, Mapping) else {}
         for value in named.values() if named else (self.kfac_approx,):
             if value not in _APPROXIMATIONS:
-                raise ConfigError(f"kfac_approx={value!r}: use one of {_APPROXIMATIONS}")
+                raise ConfigError(f"kfac_approx={value!r}: use one of {tuple(_APPROXIMATIONS)}")
         if self.curvature in ("diag", "full"):
             self._refuse_factor_options()
 
@@ -136,12 +144,13 @@ class KfacOptions:
             if key and not any(matches(name, [key]) for name in names):
                 raise ConfigError(f"kfac_approx: no weight is called, or lies below, {key!r}")
 
-    def approx_of(self, tensor: str) -> str:
-        """``"expand"`` or ``"reduce"`` for one weight tensor."""
-        if not isinstance(self.kfac_approx, Mapping):
-            return str(self.kfac_approx)
-        hits = [key for key in self.kfac_approx if key and matches(tensor, [key])]
-        return self.kfac_approx[max(hits, key=len)] if hits else self.kfac_approx.get("", "expand")
+    def reduces(self, tensor: str) -> tuple[bool, bool]:
+        """Whether places, and whether frames, of one weight tensor are reduced."""
+        named = self.kfac_approx
+        if not isinstance(named, Mapping):
+            return _APPROXIMATIONS[named]
+        hits = [key for key in named if key and matches(tensor, [key])]
+        return _APPROXIMATIONS[named[max(hits, key=len)] if hits else named.get("", "expand")]
 
     def flavour(
         self, likelihood: str, parameters: str | Sequence[str], temperature: float

@@ -86,7 +86,7 @@ class CallReader:
             if local in use.names:
                 name = use.names[local]
                 self.layouts[name] = rows.layout
-                values = _promoted(_distinct(rows))
+                values = _promoted(_distinct(rows.expanded()))
                 found[name] = values if self._transform is None else self._transform(name, values)
         return found
 

@@ -1,19 +1,50 @@
 """Layers, each with its curvature rule; importing this package registers all rules."""
 
 from margeq.layers import convolution as _convolution  # registers the rules of nn.Conv1d/2d/3d
+from margeq.layers import normalisation as _normalisation  # those of nn.BatchNorm1d/2d/3d
 from margeq.layers.dense import Linear2d
+from margeq.layers.equivariant import EquivariantLinear
 from margeq.layers.factored import FactoredLinear2d
+from margeq.layers.group import GroupConv2d
+from margeq.layers.group_pooling import (
+    GroupPool,
+    Lift,
+    MergeGroup,
+    PerElement,
+    RestrictGroup,
+    SplitGroup,
+)
+from margeq.layers.irreps import IrrepGroupConv2d
+from margeq.layers.lifting import LiftingConv2d
 from margeq.layers.pathways import ResidualPathways
 from margeq.layers.pooling import PolyphaseSubsample
+from margeq.layers.separable import PairSeparableConv2d, SeparableGroupConv2d
 from margeq.layers.sparse import SparseConv2d
 from margeq.layers.sparse_factored import SparseFactoredLinear2d
+from margeq.layers.sparse_group import SparseGroupConv2d
+from margeq.layers.subgroup import SubgroupConv2d
 
 __all__ = [
+    "EquivariantLinear",
     "FactoredLinear2d",
+    "GroupConv2d",
+    "GroupPool",
+    "IrrepGroupConv2d",
+    "Lift",
+    "LiftingConv2d",
     "Linear2d",
+    "MergeGroup",
+    "PairSeparableConv2d",
+    "PerElement",
     "PolyphaseSubsample",
     "ResidualPathways",
+    "RestrictGroup",
+    "SeparableGroupConv2d",
     "SparseConv2d",
     "SparseFactoredLinear2d",
+    "SparseGroupConv2d",
+    "SplitGroup",
+    "SubgroupConv2d",
     "_convolution",
+    "_normalisation",
 ]

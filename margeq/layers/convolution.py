@@ -17,29 +17,34 @@ from margeq.curvature.io import (
     bias_rows,
     register_split_rule,
 )
+from margeq.layers.window import Window
 
-__all__ = ["Conv", "conv_inputs", "conv_output_grads"]
+__all__ = ["Conv", "conv_inputs", "conv_output_grads", "patch_rows"]
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 def conv_inputs(layer: Conv, x: Tensor, sampler: PositionSampler) -> dict[str, InputRows]:
     """Patches ``[n, m, groups, C / groups * k^d]`` of a convolution, and the bias's ones."""
-    padded = _padded(layer, x)
-    patches, out_shape = _patches(layer, padded)
-    n_positions = out_shape.numel()
-    positions = sampler(n_positions)
-    if positions is not None:
-        rows = _rows_at(padded, patches, positions, out_shape)
-    elif padded.requires_grad and torch.is_grad_enabled() and padded.ndim == 4:
-        rows = cast(Tensor, _DifferentiableRows.apply(padded, layer))
-    else:
-        rows = _all_rows(patches)
+    rows, n_positions = patch_rows(layer, x, sampler)
     found = {"weight": InputRows(rows, n_positions, "boi")}
     if layer.bias is not None:
         # one block for all groups: exact, and no larger than that of a dense convolution
         found["bias"] = bias_rows(len(x), n_positions, 1, x)
     return found
+
+
+def patch_rows(layer: Conv | Window, x: Tensor, sampler: PositionSampler) -> tuple[Tensor, int]:
+    """Patches ``[n, m, groups, C / groups * k^d]`` at sampled positions, and how many there are."""
+    padded = _padded(layer, x)
+    patches, out_shape = _patches(layer, padded)
+    n_positions = out_shape.numel()
+    positions = sampler(n_positions)
+    if positions is not None:
+        return _rows_at(padded, patches, positions, out_shape), n_positions
+    if padded.requires_grad and torch.is_grad_enabled() and padded.ndim == 4:
+        return cast(Tensor, _DifferentiableRows.apply(padded, layer)), n_positions
+    return _all_rows(patches), n_positions
 
 
 def conv_output_grads(layer: Conv, x: Tensor, grad_y: Tensor) -> dict[str, Tensor]:
@@ -51,15 +56,15 @@ def conv_output_grads(layer: Conv, x: Tensor, grad_y: Tensor) -> dict[str, Tenso
     return {"weight": grads, "bias": grads.flatten(3)[:, :, :, None]}
 
 
-def _padded(layer: Conv, x: Tensor) -> Tensor:
+def _padded(layer: Conv | Window, x: Tensor) -> Tensor:
     # the same pads that the module itself applies for every mode but zeros
-    pads = layer._reversed_padding_repeated_twice
+    pads = layer.pads if isinstance(layer, Window) else layer._reversed_padding_repeated_twice
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     padded = nn.functional.pad(x, pads, mode=mode) if any(pads) else x
     return padded.contiguous()  # padding keeps channels_last, whose strides _rows_at cannot use
 
 
-def _patches(layer: Conv, x: Tensor) -> tuple[Tensor, torch.Size]:
+def _patches(layer: Conv | Window, x: Tensor) -> tuple[Tensor, torch.Size]:
     """A view ``[n, b, c, *kernel, *out]`` of all patches, without a copy."""
     n, channels, *extents = x.shape
     batch_stride, channel_stride, *strides = x.stride()
@@ -98,7 +103,7 @@ class _DifferentiableRows(torch.autograd.Function):
     """As :func:`_all_rows` for pictures, with the fast gradient of ``unfold``."""
 
     @staticmethod
-    def forward(ctx: Any, padded: Tensor, layer: Conv) -> Tensor:
+    def forward(ctx: Any, padded: Tensor, layer: Conv | Window) -> Tensor:
         ctx.shape, ctx.layer = padded.shape, layer
         return _all_rows(_patches(layer, padded)[0])
 

@@ -25,6 +25,9 @@ class Linear2d(MapLayer):
 
         y[n,o] = sum_i W[o,i] x[n,i] + b[o],   o = (channel d, position y), i = (c, x)
 
+    Positions are those of maps of any shape: on maps of a group, ``in_shape=(|H|, y, x)``, they are
+    pairs of an element and a pixel (ELLA eq. 21).
+
     Args:
         in_channels: ``C``.
         out_channels: ``D``.

@@ -27,7 +27,9 @@ class FactoredLinear2d(MapLayer):
         y[n,d,y] = sum_c V[y,d,c] h[n,d,c] + bV[y]
 
     ``U`` is C independent maps X -> D, ``V`` is D independent maps C -> Y, so the curvature has C
-    and D independent blocks (no weight is shared).
+    and D independent blocks (no weight is shared). Positions are those of maps of any shape: on
+    maps of a group, ``in_shape=(|H|, y, x)``, both factors run over elements and pixels
+    (ELLA eq. 24).
 
     Args:
         in_channels: ``C``.
@@ -46,6 +48,7 @@ class FactoredLinear2d(MapLayer):
     """
 
     first_factors: ClassVar[tuple[str, ...]] = ("weight_u", "bias_u")
+    tied_factors: ClassVar[tuple[tuple[str, ...], ...]] = (("weight_u", "weight_v"),)
 
     def __init__(
         self,

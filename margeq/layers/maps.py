@@ -72,6 +72,6 @@ def as_map_shape(name: str, shape: int | Shape, *channels: int) -> torch.Size:
 
 
 @torch.no_grad()
-def default_init(weight: nn.Parameter, fan_in: int) -> None:
+def default_init(weight: nn.Parameter, fan_in: float) -> None:
     """Normal weights with unit gain, ``N(0, 1 / fan_in)``."""
     weight.normal_(0.0, fan_in**-0.5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal, cast
 
@@ -28,13 +28,21 @@ class ResidualPathways(nn.Module):
     A path that is switched off is not computed at all. The mean always divides by the number of
     *declared* paths, so switching one off leaves the function of the others as it is.
 
+    Paths at full resolution can be subsampled together: paths that each choose a phase for
+    themselves would mix their phases in the sum, which then no longer moves with the input.
+
+        y = scale * (subsample(sum_{p in before} path_p(x)) + sum_{other p} path_p(x))
+
     Args:
         paths: name -> module; all map the same input to outputs of one shape.
         reduction: ``"mean"`` or ``"sum"``.
+        subsample: module without weights for the sum of the paths in ``before``, such as
+            :class:`PolyphaseSubsample`; if none of them is on, it is not called.
+        before: names of the paths that ``subsample`` follows; the others map to its output's size.
 
     Raises:
         ConfigError: for no paths, an unknown reduction or path name, outputs of different shapes,
-            or switching off the last path.
+            ``subsample`` without ``before`` or the reverse, or switching off the last path.
 
     Reference:
         Finzi, Benton & Wilson 2021 (residual pathway priors); ELLA 5.1.
@@ -50,7 +58,11 @@ class ResidualPathways(nn.Module):
     """
 
     def __init__(
-        self, paths: Mapping[str, nn.Module], reduction: Literal["mean", "sum"] = "mean"
+        self,
+        paths: Mapping[str, nn.Module],
+        reduction: Literal["mean", "sum"] = "mean",
+        subsample: nn.Module | None = None,
+        before: Sequence[str] = (),
     ) -> None:
         super().__init__()
         if not paths:
@@ -65,6 +77,8 @@ class ResidualPathways(nn.Module):
                 f"takes, values must be modules ({error})"
             ) from error
         self.reduction = reduction
+        self.subsample = subsample
+        self.before = self._in_paths(before)
         self._off: frozenset[str] = frozenset()
 
     @property
@@ -111,17 +125,32 @@ class ResidualPathways(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scaled sum of the paths that are on."""
-        total: Tensor | None = None
-        for name in self.active:
-            y = self.paths[name](x)
-            if total is not None and total.shape != y.shape:
-                raise ConfigError(
-                    f"path {name!r} returns {tuple(y.shape)}, the paths before it "
-                    f"{tuple(total.shape)}; all paths of a layer need one output shape"
-                )
-            total = y if total is None else total + y
+        total = self._added(None, [name for name in self.active if name in self.before], x)
+        if total is not None and self.subsample is not None:
+            total = self.subsample(total)
+        total = self._added(total, [name for name in self.active if name not in self.before], x)
         assert total is not None
         return total if self.scale == 1.0 else self.scale * total
+
+    def contributions(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What each path adds to the sum, before the factor ``scale``.
+
+        A path in ``before`` adds the derivative of the subsampling, at the sum of these paths, in
+        the direction of its own output: for a phase that the sum has chosen, its output there.
+
+        Args:
+            outputs: path name -> output, of the paths that are on.
+
+        Returns:
+            path name -> tensor of the shape of the layer's output.
+        """
+        found = dict(outputs)
+        early = {name: outputs[name] for name in self.before if name in outputs}
+        if early and self.subsample is not None:
+            total = torch.stack(list(early.values())).sum(0)
+            for name, y in early.items():
+                found[name] = torch.func.jvp(self.subsample, (total,), (y,))[1]
+        return found
 
     def get_extra_state(self) -> Tensor:
         """Which paths are on, one flag per declared path."""
@@ -133,8 +162,35 @@ class ResidualPathways(nn.Module):
         self._off = frozenset(name for name, on in flags if not on)
 
     def extra_repr(self) -> str:
-        """Reduction and switched-off paths, for ``print(model)``."""
-        return f"reduction={self.reduction!r}" + (f", off={sorted(self._off)}" if self._off else "")
+        """Reduction, subsampled and switched-off paths, for ``print(model)``."""
+        before = f", before={self.before}" if self.before else ""
+        off = f", off={sorted(self._off)}" if self._off else ""
+        return f"reduction={self.reduction!r}{before}{off}"
+
+    def _in_paths(self, before: Sequence[str]) -> tuple[str, ...]:
+        """The names in ``before``, in the declared order."""
+        if isinstance(before, str):
+            raise ConfigError(f"before={before!r}: use a tuple of path names, ({before!r},)")
+        if (self.subsample is None) != (not before):
+            raise ConfigError(
+                f"subsample={self.subsample}, before={tuple(before)}: give both, the module and "
+                f"the names of the paths that it follows, or neither"
+            )
+        for name in before:
+            self._require(name)
+        return tuple(name for name in self.paths if name in before)
+
+    def _added(self, total: Tensor | None, names: Sequence[str], x: Tensor) -> Tensor | None:
+        for name in names:
+            y = self.paths[name](x)
+            if total is not None and total.shape != y.shape:
+                rest = f"; before={self.before} are subsampled, no other" if self.before else ""
+                raise ConfigError(
+                    f"path {name!r} returns {tuple(y.shape)}, the paths before it "
+                    f"{tuple(total.shape)}; all paths of a layer need one output shape{rest}"
+                )
+            total = y if total is None else total + y
+        return total
 
     def _require(self, name: str) -> None:
         if name not in self.paths:

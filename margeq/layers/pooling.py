@@ -14,7 +14,9 @@ class PolyphaseSubsample(nn.Module):
     """Keep the one of the four phases ``x[a::2, b::2]`` with the largest l2 norm, per sample.
 
     The norm runs over channels (and any group axis) jointly and each sample chooses for itself,
-    so predictions do not depend on the batch and circular shifts commute with the network.
+    so predictions do not depend on the batch and circular shifts commute with the network. So do
+    the turns and mirrors of a group that acts on the channels' elements and on the pixels. Paths
+    that are added up need one phase for all: ``ResidualPathways(..., subsample=...)``.
 
     Shapes:
         ``[n, ..., H, W] -> [n, ..., H/2, W/2]`` with even ``H`` and ``W``.

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from margeq.bases import Anchors
 from margeq.curvature.io import InputRows, PositionSampler, Rule, register_split_rule
 from margeq.errors import ConfigError
-from margeq.layers.basis import AnchorBasis, lengthscale_penalty
+from margeq.layers.basis import AnchorBasis, lengthscale_penalty, patches_at_anchors
 from margeq.layers.convolution import conv_inputs, conv_output_grads
-from margeq.linalg import project
 
 __all__ = ["SparseConv2d"]
 
@@ -185,15 +184,10 @@ def _check_sizes(smallest: int = 1, **sizes: int | tuple[int, int]) -> None:
 
 def _inputs(layer: SparseConv2d, x: Tensor, sampler: PositionSampler) -> Mapping[str, InputRows]:
     found = conv_inputs(layer, x, sampler)
-    channels, psi = layer.in_channels // layer.groups, layer.basis().to(x.dtype)
-    patches = found["weight"].rows
-    if layer.basis.n_filters > 1:
-        # filters with lengthscales of their own see inputs of their own: one block per filter
-        patches = patches.repeat_interleave(layer.out_channels // layer.groups, dim=2)
-        psi = psi.repeat_interleave(channels, dim=0)
-    blocks = patches.shape[2]
-    by_channel = patches.unflatten(3, (channels, -1)).flatten(2, 3)
-    rows = project(by_channel, psi).unflatten(2, (blocks, channels)).flatten(3)
+    rows = patches_at_anchors(
+        layer.basis, found["weight"].rows, layer.in_channels // layer.groups,
+        layer.out_channels // layer.groups,
+    )  # fmt: skip
     found["weight"] = InputRows(rows, found["weight"].n_positions, "boi")
     return found
 

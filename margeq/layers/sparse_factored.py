@@ -21,6 +21,7 @@ from margeq.curvature.io import (
     register_split_rule,
 )
 from margeq.errors import ConfigError
+from margeq.groups import FiniteGroup
 from margeq.layers.basis import AnchorBasis, lengthscale_penalty
 from margeq.layers.factored import FactoredLinear2d
 from margeq.layers.maps import MapLayer, Shape
@@ -37,12 +38,17 @@ class SparseFactoredLinear2d(MapLayer):
     Computed as project, factored map between anchors, project: no weight of the size of the maps
     is ever formed.
 
+    On maps of a group both factors are smooth functions of position and group element, under
+    lengthscales along each (ELLA eq. 25).
+
     Args:
         in_channels: ``C``.
         out_channels: ``D``.
         in_shape: spatial size of the input map, ``X`` positions.
         out_shape: spatial size of the output map, ``Y`` positions.
         bias: ``bU [D]``.
+        group: ``H``, of maps with ``in_shape=(|H|, y, x)``, the same for ``out_shape``. One of the
+            two may lie in the plane alone, ``(y, x)``.
         anchors: as in :class:`SparseConv2d`; positions ``[M, d]`` need a pair (input, output).
         learn_anchors: as there, like the next five.
         basis: see there.
@@ -58,9 +64,16 @@ class SparseFactoredLinear2d(MapLayer):
     Raises:
         ConfigError: if an argument is out of range.
         DataError: if an input has another shape.
+
+    Example:
+        >>> from margeq.groups import P4
+        >>> layer = SparseFactoredLinear2d(2, 3, (4, 5, 5), (4, 3, 3), group=P4)
+        >>> layer(torch.zeros(1, 2, 4, 5, 5)).shape, layer.weight_u.shape
+        (torch.Size([1, 3, 4, 3, 3]), torch.Size([3, 2, 50]))
     """
 
     first_factors: ClassVar[tuple[str, ...]] = ("weight_u", "bias_u")
+    tied_factors: ClassVar[tuple[tuple[str, ...], ...]] = (("weight_u", "weight_v"),)
 
     def __init__(
         self,
@@ -70,6 +83,7 @@ class SparseFactoredLinear2d(MapLayer):
         out_shape: int | Shape,
         bias: bool = True,
         *,
+        group: FiniteGroup | None = None,
         anchors: Anchors | tuple[Anchors, Anchors] = 0.5,
         learn_anchors: bool = False,
         basis: str = "rbf",
@@ -90,8 +104,10 @@ class SparseFactoredLinear2d(MapLayer):
             "n_filters": out_channels if per_filter else 1,
             "lengthscale_spread": lengthscale_penalty(lengthscale_spread, per_filter),
         }
-        self.basis_u = AnchorBasis(self.in_shape, anchors=anchors_u, seed=2 * seed, **options)
-        self.basis_v = AnchorBasis(self.out_shape, anchors=anchors_v, seed=2 * seed + 1, **options)
+        _require_group_maps(group, self.in_shape, self.out_shape)
+        on_u, on_v = (_domain(group, shape) for shape in (self.in_shape, self.out_shape))
+        self.basis_u = AnchorBasis(**on_u, anchors=anchors_u, seed=2 * seed, **options)
+        self.basis_v = AnchorBasis(**on_v, anchors=anchors_v, seed=2 * seed + 1, **options)
         self.weight_u = nn.Parameter(torch.empty(out_channels, in_channels, self.basis_u.n_anchors))
         self.weight_v = nn.Parameter(torch.empty(self.basis_v.n_anchors, out_channels, in_channels))
         self.bias_u = nn.Parameter(torch.empty(out_channels)) if bias else None
@@ -175,6 +191,25 @@ class SparseFactoredLinear2d(MapLayer):
         u = torch.einsum("dcm,dmx->dcx", self.weight_u, self.basis_u())
         v = torch.einsum("mdc,dmy->dyc", self.weight_v, self.basis_v())
         return torch.einsum("dyc,dcx->dycx", v, u).flatten(2).flatten(0, 1)
+
+
+def _require_group_maps(group: FiniteGroup | None, *shapes: torch.Size) -> None:
+    if group is None:
+        return
+    on_group = [shape for shape in shapes if len(shape) == 3 and shape[0] == group.order]
+    rest = [shape for shape in shapes if len(shape) != 2 and shape not in on_group]
+    if rest or not on_group:
+        raise ConfigError(
+            f"SparseFactoredLinear2d: maps of shapes {[tuple(shape) for shape in shapes]} with "
+            f"group={group!r}: use ({group.order}, y, x), and at most one (y, x)"
+        )
+
+
+def _domain(group: FiniteGroup | None, shape: torch.Size) -> dict[str, Any]:
+    """Where the filters of a factor live: the plane, or the plane for each element."""
+    if group is None or len(shape) == 2:
+        return {"shape": shape}
+    return {"shape": shape[1:], "group": group}
 
 
 def _fitted(basis: AnchorBasis, filters: Tensor) -> Tensor:

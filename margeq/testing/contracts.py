@@ -22,6 +22,7 @@ from margeq.curvature.options import KfacOptions
 from margeq.errors import ConfigError
 from margeq.laplace import log_marginal_likelihood
 from margeq.likelihoods import Categorical
+from margeq.linalg import gram
 from margeq.parameters import named_hyperparameters, named_weights
 from margeq.priors import GaussianPrior
 from margeq.testing.subject import TOLERANCE, LayerCase, Subject, require, require_close
@@ -147,7 +148,10 @@ def _check_inputs(subject: Subject) -> None:
     for use, other in zip(uses, strided_uses, strict=True):
         full = use.rule.io(use.layer, use.x, torch.zeros_like(use.y)[None])
         for x, fraction in ((use.x, 1.0), (use.x, 0.5), (other.x, 1.0), (other.x, 0.5)):
-            sampled = use.rule.inputs(use.layer, x, _Sampler(len(x), fraction))
+            found = use.rule.inputs(use.layer, x, _Sampler(len(x), fraction))
+            for name, rows in found.items():
+                _check_frames(name, rows)
+            sampled = {name: rows.expanded() for name, rows in found.items()}
             require(set(sampled) == set(full), f"rule names {set(sampled)} and {set(full)}")
             for name, io in full.items():
                 _compare_inputs(name, sampled[name], io, fraction)
@@ -167,6 +171,13 @@ class _Sampler:
         return torch.arange(n_positions - 1, n_positions - 1 - count, -1).expand(self.n_data, -1)
 
 
+def _check_frames(name: str, rows: InputRows) -> None:
+    """A covariance taken through the frames is that of the rows in all frames."""
+    if rows.frames is not None:
+        through_frames = rows.frames.conjugate(gram(rows.rows))
+        require_close(f"covariance of {name!r}", through_frames, gram(rows.expanded().rows))
+
+
 def _compare_inputs(name: str, sampled: InputRows, io: LinearIO, fraction: float) -> None:
     n_data, n_positions = io.inputs.shape[:2]
     require(
@@ -175,10 +186,12 @@ def _compare_inputs(name: str, sampled: InputRows, io: LinearIO, fraction: float
         f"inputs of {name!r} say {sampled.n_positions} positions, layout {sampled.layout}, "
         f"is_bias={sampled.is_bias}; all positions give {n_positions}, {io.layout}, {io.is_bias}",
     )
-    expected = io.inputs
-    positions = _Sampler(n_data, fraction)(n_positions)
-    if positions is not None and sampled.rows.shape[1] == positions.shape[1]:
-        expected = expected[torch.arange(n_data)[:, None], positions]
+    # places are sampled, frames never
+    expected = io.inputs.unflatten(1, (sampled.n_frames, -1))
+    places = _Sampler(n_data, fraction)(n_positions // sampled.n_frames)
+    if places is not None and sampled.rows.shape[1] == sampled.n_frames * places.shape[1]:
+        expected = expected[torch.arange(n_data)[:, None], :, places].transpose(1, 2)
+    expected = expected.flatten(1, 2)
     require_close(f"inputs of {name!r} at {fraction:.0%} of the positions", sampled.rows, expected)
 
 

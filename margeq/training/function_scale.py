@@ -4,13 +4,14 @@
 
 with ``gain^2 = 2`` for the last map before a rectifier and 1 otherwise, ``scale`` the factor of a
 path sum, and ``delta_0 = scale^2`` for biases. A layer with a basis knows its ``fan_in`` itself.
-A path of 32,000 weights and one of 72 then begin with the same output variance.
+A path of 32,000 weights and one of 72 then begin with the same output variance. Weights that only
+scale, as those of a BatchNorm, have ``delta_0 = scale^2`` too: they are not drawn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ class FunctionScale:
         path_outputs: layer -> path -> tensors of the map that writes the path's output.
         modules: tensors of the map that writes each module's output, weight and bias together.
         shapes: shape ``[c, ...]`` of one datum's input and output of each module with weights.
+        starts_at: tensors that start at a constant instead of random values, and their constants
+            at unit precision.
     """
 
     precision: dict[str, float]
@@ -46,6 +49,7 @@ class FunctionScale:
     path_outputs: dict[str, dict[str, tuple[str, ...]]]
     modules: tuple[tuple[str, ...], ...]
     shapes: Shapes
+    starts_at: dict[str, float] = field(default_factory=dict)
 
 
 def function_scale(
@@ -60,21 +64,26 @@ def function_scale(
     """
     with eval_mode(model), torch.enable_grad(), record(model, weights) as uses:
         outputs = forward(model, inputs)
+        inputs_of = [use.rule.inputs(use.layer, use.x[:1], lambda _: None) for use in uses]
     rectified = _before_rectifier(outputs, uses)
     path_outputs, path_scales = _path_outputs(model, uses)
     precision = dict.fromkeys(weights, 1.0)
     is_bias = dict.fromkeys(weights, False)
-    for position, use in enumerate(uses):
-        rows = use.rule.inputs(use.layer, use.x[:1], lambda _: None)
+    starts_at: dict[str, float] = {}
+    for position, (use, rows) in enumerate(zip(uses, inputs_of, strict=True)):
+        constants = getattr(use.rule, "starts_at", {})
         for local, name in use.names.items():
             is_bias[name] = rows[local].is_bias
             first = local in getattr(use.layer, "first_factors", ())
             gain = 2.0 if position in rectified and not first else 1.0
-            fan_in = 1.0 if is_bias[name] else _fan_in(use.layer, local, rows[local]) / gain
+            if local in constants:
+                starts_at[name] = constants[local]
+            drawn = not is_bias[name] and local not in constants
+            fan_in = _fan_in(use.layer, local, rows[local]) / gain if drawn else 1.0
             precision[name] = fan_in * path_scales.get(name, 1.0) ** 2
     modules = dict.fromkeys(_output_tensors(use) for use in uses)
     shapes = {use.layer: (use.x.shape[1:], use.y.shape[1:]) for use in uses}
-    return FunctionScale(precision, is_bias, path_outputs, tuple(modules), shapes)
+    return FunctionScale(precision, is_bias, path_outputs, tuple(modules), shapes, starts_at)
 
 
 def _fan_in(layer: nn.Module, local: str, rows: InputRows) -> float:

@@ -39,6 +39,8 @@ class HyperSolver(ABC):
 class MacKay(HyperSolver):
     """Fixed point ``delta = gamma / |theta|^2``, ``sigma^2 = SSE / (N K - T gamma)``.
 
+    A precision of several tensors has their ``gamma``, and their norms relative to their offsets.
+
     Args:
         steps: iterations per refresh; three choose the same paths as twenty.
     """
@@ -213,13 +215,16 @@ def mackay_step(spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood
 def _fixed_point(
     spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood
 ) -> dict[str, float]:
-    """Logarithms of ``gamma / |theta|^2`` within bounds, and of the noise that fits them."""
+    """Logarithms of ``gamma / sum_t exp(offset_t) |theta_t|^2`` within bounds, and of the noise."""
     gammas = effective_parameters(spectrum, prior, likelihood)
     target = _read(prior, likelihood)
     for group in prior.log_prior_precision:
         members = prior.members(group)
         gamma = sum(float(gammas[name]) for name in members)
-        square_norm = sum(float(spectrum.square_norms[name]) for name in members)
+        square_norm = sum(
+            math.exp(prior.log_offset[name]) * float(spectrum.square_norms[name])
+            for name in members
+        )
         if square_norm > 0:
             low, high = prior.bounds(group)
             ratio = math.log(gamma / square_norm) if gamma > 0 else low

@@ -137,10 +137,16 @@ def _draw(
     scale: FunctionScale,
     seed: int,
 ) -> None:
-    """``N(0, 1 / delta_0)`` per tensor, seeded by its name: a path alone equals its own model."""
+    """``N(0, 1 / delta_0)`` per tensor, seeded by its name: a path alone equals its own model.
+
+    Biases start at zero, weights that only scale at their constant.
+    """
     for name, weight in weights.items():
         if scale.is_bias[name]:
             weight.zero_()
+            continue
+        if name in scale.starts_at:
+            weight.fill_(scale.starts_at[name] / math.sqrt(precision[name]))
             continue
         generator = torch.Generator().manual_seed(crc32(f"{seed}:{name}".encode()))
         draw = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
@@ -164,7 +170,7 @@ def _set_prior(
     scale: FunctionScale,
     function_scale_prior: bool,
 ) -> None:
-    prior.log_center = {g: float(v) for g, v in _group_logs(prior, scale.precision).items()}
+    prior.set_function_scale(scale.precision)
     prior.assign(
         _group_logs(prior, precision) if function_scale_prior else prior.log_prior_precision
     )
@@ -172,7 +178,4 @@ def _set_prior(
 
 def _group_logs(prior: GaussianPrior, precision: Mapping[str, float]) -> dict[str, float]:
     """Mean log precision of each group that has members in ``precision``."""
-    logs: dict[str, list[float]] = {}
-    for name, value in precision.items():
-        logs.setdefault(prior.groups[name], []).append(math.log(value))
-    return {group: sum(values) / len(values) for group, values in logs.items()}
+    return prior.group_means({name: math.log(value) for name, value in precision.items()})
