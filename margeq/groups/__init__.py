@@ -1,9 +1,10 @@
 """Finite groups: rotations and reflections of the plane, permutations, and their structure."""
 
+from margeq.groups.action import act
 from margeq.groups.finite import FiniteGroup, S
 from margeq.groups.intertwiners import intertwiners, invariants
 from margeq.groups.irreps import irreps
-from margeq.groups.planar import P2, P4, P4M, PM, Z2, C, D
+from margeq.groups.planar import P2, P4, P4M, PM, Z2, C, D, is_exact, stencil
 from margeq.groups.representations import (
     LieRepresentation,
     Representation,
@@ -25,11 +26,14 @@ __all__ = [
     "LieRepresentation",
     "Representation",
     "S",
+    "act",
     "intertwiners",
     "invariants",
     "irreps",
+    "is_exact",
     "regular",
     "rotations",
     "standard",
+    "stencil",
     "trivial",
 ]

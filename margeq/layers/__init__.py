@@ -4,6 +4,7 @@ from margeq.layers import convolution as _convolution  # registers the rules of 
 from margeq.layers import normalisation as _normalisation  # those of nn.BatchNorm1d/2d/3d
 from margeq.layers.dense import Linear2d
 from margeq.layers.equivariant import EquivariantLinear
+from margeq.layers.expansion import expand_to, to_conv2d
 from margeq.layers.factored import FactoredLinear2d
 from margeq.layers.group import GroupConv2d
 from margeq.layers.group_pooling import (
@@ -19,6 +20,7 @@ from margeq.layers.lifting import LiftingConv2d
 from margeq.layers.pathways import ResidualPathways
 from margeq.layers.pooling import PolyphaseSubsample
 from margeq.layers.separable import PairSeparableConv2d, SeparableGroupConv2d
+from margeq.layers.sizes import SizeFault, check_sizes, require_exact_sizes
 from margeq.layers.sparse import SparseConv2d
 from margeq.layers.sparse_factored import SparseFactoredLinear2d
 from margeq.layers.sparse_group import SparseGroupConv2d
@@ -40,6 +42,7 @@ __all__ = [
     "ResidualPathways",
     "RestrictGroup",
     "SeparableGroupConv2d",
+    "SizeFault",
     "SparseConv2d",
     "SparseFactoredLinear2d",
     "SparseGroupConv2d",
@@ -47,4 +50,8 @@ __all__ = [
     "SubgroupConv2d",
     "_convolution",
     "_normalisation",
+    "check_sizes",
+    "expand_to",
+    "require_exact_sizes",
+    "to_conv2d",
 ]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from margeq.errors import ConfigError
 from margeq.groups.finite import FiniteGroup
 from margeq.groups.planar import Z2, is_exact
+from margeq.layers.expandable import Expandable
 from margeq.layers.group import GroupConv2d
 from margeq.layers.lifting import LiftingConv2d
 from margeq.layers.planar import PlanarConv
@@ -74,6 +75,9 @@ def expand_to(layer: nn.Module, subgroup: FiniteGroup) -> nn.Module:
         with torch.random.fork_rng([]):  # the first weights of a new layer are random
             expanded = _new_layer(layer, subgroup, len(cosets))
     return _filled(expanded, layer, weight)
+
+
+Expandable.expander = staticmethod(expand_to)
 
 
 def to_conv2d(layer: nn.Module) -> nn.Module:

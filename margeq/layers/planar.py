@@ -11,6 +11,7 @@ from margeq.errors import ConfigError
 from margeq.filters import rotated_basis
 from margeq.groups import FiniteGroup
 from margeq.groups.planar import is_exact, stencil
+from margeq.layers.expandable import Expandable
 from margeq.layers.maps import default_init
 from margeq.layers.remembered import Remembered
 from margeq.layers.window import PaddingMode, Window
@@ -18,7 +19,7 @@ from margeq.layers.window import PaddingMode, Window
 __all__ = ["PlanarConv", "resolve_filters"]
 
 
-class PlanarConv(nn.Module):
+class PlanarConv(Expandable):
     """Base of convolutions whose filters are moved by each element of a group of the plane.
 
         (T_h w)(x) = sum_m w_m psi_m(h^-1 x)

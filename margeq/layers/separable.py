@@ -17,6 +17,7 @@ from margeq.curvature.io import InputRows, PositionSampler, Rule, register_split
 from margeq.errors import ConfigError, DataError
 from margeq.groups import FiniteGroup
 from margeq.layers.convolution import patch_rows
+from margeq.layers.expandable import Expandable
 from margeq.layers.group import GroupConv2d
 from margeq.layers.maps import default_init
 from margeq.layers.planar import PlanarConv
@@ -25,7 +26,7 @@ from margeq.layers.window import PaddingMode
 __all__ = ["PairSeparableConv2d", "SeparableGroupConv2d"]
 
 
-class SeparableGroupConv2d(nn.Sequential):
+class SeparableGroupConv2d(Expandable, nn.Sequential):
     """Group convolution in factors over the group, the plane and the channels.
 
         T_h K[o] * w[o,i,h^-1 g]        ``"gc"``: group and channels, then the plane
