@@ -306,7 +306,7 @@ def test_training_reports_every_layer():
 @pytest.mark.parametrize(
     ("kind", "kwargs", "message"),
     [
-        ("conv+dense", {}, "unknown path 'dense'; .*fc, f_fc, s_fc, conv, s_conv"),
+        ("conv+dense", {}, "unknown path 'dense'; .*fc, f_fc, s_fc, conv, s_conv, gconv"),
         ("", {}, "unknown path ''"),
         ("conv+conv", {}, "named twice"),
         ("conv", {"width": 0}, "width=0"),
@@ -323,6 +323,9 @@ def test_training_reports_every_layer():
         ("s_conv", {"anchors": 1.5}, "anchors=1.5"),
         ("s_conv", {"anchors": 1.5, "reference": True}, "anchors=1.5"),
         ("s_fc", {"basis": "wavelet"}, "basis='wavelet'"),
+        ("gconv", {"group": "p4"}, "group='p4'"),
+        ("gconv", {"separability": "half"}, "separability='half'"),
+        ("gconv", {"reference": True}, "reference=True on P4"),
     ],
 )
 def test_errors_name_what_is_wrong(kind, kwargs, message):

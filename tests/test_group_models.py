@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from margeq.errors import ConfigError
+from margeq.errors import ConfigError, EquivarianceWarning
 from margeq.groups import P4, P4M, Z2, C
 from margeq.laplace import accumulate, log_marginal_likelihood
 from margeq.layers import GroupConv2d
@@ -320,3 +320,16 @@ def test_all_weights_get_curvature(make):
 def test_errors_name_what_is_wrong(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [(resnet44, r"stage2.0.conv1 \(GroupConv2d"), (all_cnn_c, r"conv3 \(GroupConv2d")],
+)
+def test_a_known_size_that_breaks_the_symmetry_is_named(make, named):
+    widths = (1, 1, 1) if make is resnet44 else (1, 1)
+    with pytest.warns(EquivarianceWarning, match=named):
+        make(P4M, widths, size=32)
+    make(P4M, widths, size=33)  # warnings are errors
+    with pytest.raises(ConfigError, match="size=0"):
+        make(P4M, widths, size=0)

@@ -27,6 +27,7 @@ _NAMES = {
 _SIDE = 8  # pixels of a digit
 _LARGEST_GREY = 16
 _TRAIN_SHARE = 0.8
+_POSES = 1_000_003
 
 
 def load_digits() -> tuple[Tensor, Tensor]:
@@ -52,7 +53,7 @@ def load_digits() -> tuple[Tensor, Tensor]:
 
 
 def place_digits(
-    question: Question, *, canvas: int = 16, copies: int = 2, seed: int = 0
+    question: Question, *, canvas: int = 16, copies: int = 2, turned: bool = False, seed: int = 0
 ) -> ImageTask:
     """Put the digits on an empty canvas and ask one of two questions about them.
 
@@ -66,6 +67,8 @@ def place_digits(
         canvas: side of the canvas in pixels; 16 leaves 9 × 9 offsets.
         copies: independent placements of each training digit for ``"digit"``, one block of all
             digits after the other; ``"corner"`` and the held-out digits are placed once.
+        turned: whether each placement turns its digit by a random multiple of 90 degrees; the
+            places are the same.
         seed: seed of the split and of the offsets; the global random state is not used.
 
     Returns:
@@ -86,6 +89,7 @@ def place_digits(
     _check_arguments(question, canvas, copies)
     images, labels = load_digits()
     generator = torch.Generator().manual_seed(seed)
+    poses = torch.Generator().manual_seed(seed + _POSES)  # a stream apart: the places stay
     train, test = _split(len(images), generator)
     if question == "digit":
         train = train.repeat(copies)
@@ -93,7 +97,8 @@ def place_digits(
     def pictures(indices: Tensor) -> tuple[Tensor, Tensor]:
         offsets, corners = _draw_offsets(question, len(indices), canvas - _SIDE, generator)
         answers = labels[indices] if question == "digit" else corners
-        return _place(images[indices], offsets, canvas), answers
+        digits = _turn(images[indices], poses) if turned else images[indices]
+        return _place(digits, offsets, canvas), answers
 
     return ImageTask(*pictures(train), *pictures(test), name=question, class_names=_NAMES[question])
 
@@ -127,6 +132,13 @@ def _draw_offsets(
     cells = torch.randint(choices**2, (n,), generator=generator)
     steps = torch.stack([cells // choices, cells % choices], dim=1)
     return (steps * largest if question == "corner" else steps), cells
+
+
+def _turn(digits: Tensor, generator: torch.Generator) -> Tensor:
+    """Each digit ``[n, 8, 8]`` turned by 0 to 3 quarters."""
+    quarters = torch.randint(4, (len(digits),), generator=generator)
+    poses = torch.stack([torch.rot90(digits, k, (1, 2)) for k in range(4)], dim=1)
+    return poses[torch.arange(len(digits)), quarters]
 
 
 def _place(digits: Tensor, offsets: Tensor, canvas: int) -> Tensor:

@@ -1,6 +1,19 @@
 """Whole networks."""
 
+from margeq.models.all_cnn import all_cnn_c
 from margeq.models.digits import digit_network
 from margeq.models.ella import ella
+from margeq.models.group_digits import group_digit_network
+from margeq.models.macs import count_macs
+from margeq.models.resnet import resnet44
+from margeq.models.rotmnist import rotmnist_cnn
 
-__all__ = ["digit_network", "ella"]
+__all__ = [
+    "all_cnn_c",
+    "count_macs",
+    "digit_network",
+    "ella",
+    "group_digit_network",
+    "resnet44",
+    "rotmnist_cnn",
+]
