@@ -25,10 +25,11 @@ from margeq.data import ImageTask, random_shift_flip
 from margeq.errors import ConfigError, ConvergenceWarning
 from margeq.models import ella
 
-__all__ = ["Options", "run_cell", "run_table"]
+__all__ = ["Build", "Options", "network", "run_cell", "run_table"]
 
 _EVALUATION_BATCH = 500
 Load = Callable[[Cell, Settings, str], ImageTask]
+Build = Callable[[Cell, Settings, ImageTask], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,32 @@ class Options:
     """Device of torch, such as cuda."""
 
 
+def network(cell: Cell, settings: Settings, task: ImageTask) -> nn.Module:
+    """The paper's network, at the preset's width and size; on a group if a path needs one.
+
+    ``s_conv@lengthscales`` has one lengthscale per filter, priced by a penalty in the evidence,
+    where ``s_conv`` has one per layer.
+    """
+    kind, _, prior_on = cell.model.partition("@")
+    if prior_on not in ("", "lengthscales"):
+        raise ConfigError(f"network {cell.model!r}: after @ only 'lengthscales' is known")
+    return ella(
+        kind,
+        per_filter=prior_on == "lengthscales",
+        width=settings.width,
+        in_channels=task.train_images.shape[1],
+        num_classes=task.n_classes,
+        size=settings.size,
+        reduction=settings.reduction,
+    )
+
+
 def run_table(
-    experiment: str, presets: Mapping[PresetName, Settings], load: Load, options: Options
+    experiment: str,
+    presets: Mapping[PresetName, Settings],
+    load: Load,
+    options: Options,
+    build: Build = network,
 ) -> None:
     """Run every cell that has no record yet and say so line by line."""
     torch.set_num_threads(options.threads)
@@ -69,7 +94,8 @@ def run_table(
         if is_done(path, resolved(cell, settings)):
             print(f"{cell.name}: done before")
             continue
-        record = run_cell(cell, settings, load(cell, settings, options.data_dir), options.device)
+        task = load(cell, settings, options.data_dir)
+        record = run_cell(cell, settings, task, options.device, build)
         write_record(path, {**record, "versions": software})
         test, evidence = record["results"]["test"], record["results"]["log_evidence_per_datum"]
         print(
@@ -103,7 +129,11 @@ def learning_rate(cell: Cell, settings: Settings) -> float:
 
 
 def run_cell(
-    cell: Cell, settings: Settings, task: ImageTask, device: str = "cpu"
+    cell: Cell,
+    settings: Settings,
+    task: ImageTask,
+    device: str = "cpu",
+    build: Build = network,
 ) -> dict[str, Any]:
     """Train and evaluate.
 
@@ -111,7 +141,7 @@ def run_cell(
         The record, but for the versions.
     """
     began = time.perf_counter()
-    results = train(cell, settings, task, device)
+    results = train(cell, settings, task, device, build)
     init, best = max(results.items(), key=lambda item: item[1].log_marginal_likelihood)
     model = best.model
     task_facts = {
@@ -140,46 +170,30 @@ def run_cell(
     }
 
 
-def network(cell: Cell, settings: Settings, task: ImageTask) -> nn.Module:
-    """The paper's network, at the preset's width and size.
-
-    ``s_conv@lengthscales`` has one lengthscale per filter, priced by a penalty in the evidence,
-    where ``s_conv`` has one per layer.
-    """
-    kind, _, prior_on = cell.model.partition("@")
-    if prior_on not in ("", "lengthscales"):
-        raise ConfigError(f"network {cell.model!r}: after @ only 'lengthscales' is known")
-    return ella(
-        kind,
-        per_filter=prior_on == "lengthscales",
-        width=settings.width,
-        in_channels=task.train_images.shape[1],
-        num_classes=task.n_classes,
-        size=settings.size,
-        reduction=settings.reduction,
-    )
-
-
 def train(
-    cell: Cell, settings: Settings, task: ImageTask, device: str
+    cell: Cell, settings: Settings, task: ImageTask, device: str, build: Build
 ) -> dict[float | str, margeq.MargLikResult]:
     """One result per initial precision."""
     inits = (1.0,) if cell.training == "map" else settings.prior_prec_inits
-    return {init: _train(cell, settings, task, device, init) for init in inits}
+    found = {}
+    for init in inits:
+        # data, weights and order have streams of their own, all from the cell's seed
+        torch.manual_seed(cell.seed)
+        model = build(cell, settings, task).to(device)
+        found[init] = _train(cell, settings, task, model, init)
+    return found
 
 
 def _train(
-    cell: Cell, settings: Settings, task: ImageTask, device: str, init: float | str
+    cell: Cell, settings: Settings, task: ImageTask, model: nn.Module, init: float | str
 ) -> margeq.MargLikResult:
-    # data, weights and order have streams of their own, all from the cell's seed
-    torch.manual_seed(cell.seed)
     augment = random_shift_flip if settings.augment else None
     loader = task.train_loader(settings.batch_size, augment=augment, seed=cell.seed)
     with warnings.catch_warnings():
         # whether the evidence has settled is in the record
         warnings.simplefilter("ignore", ConvergenceWarning)
         return margeq.optimize_marglik(
-            network(cell, settings, task).to(device),
+            model,
             loader,
             marglik_loader=task.marglik_loader(settings.curvature_batch),
             n_epochs=settings.epochs,

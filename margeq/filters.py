@@ -84,15 +84,16 @@ def rotated_basis(
         return _moved_pixels(group, kernel_size)
     if kernel_size == 1:
         return torch.ones(group.order, 1, 1, dtype=torch.float64, device="cpu")
-    sources = grid((kernel_size, kernel_size)).flip(-1) @ group.matrices[group.inverse].mT
-    if kind == "bilinear":
-        basis = _bilinear(sources, kernel_size)
-    elif kind == "band-limited":
-        basis = _band_limited(sources, kernel_size)
-    else:
-        waves = _waves(kernel_size, omega_0, n_features, seed)
-        basis = _siren(sources, kernel_size, *waves)
-    return basis * (kernel_size / torch.linalg.vector_norm(basis[0]))
+    with torch.device("cpu"):  # whatever the default device, as the group's tables
+        sources = grid((kernel_size, kernel_size)).flip(-1) @ group.matrices[group.inverse].mT
+        if kind == "bilinear":
+            basis = _bilinear(sources, kernel_size)
+        elif kind == "band-limited":
+            basis = _band_limited(sources, kernel_size)
+        else:
+            waves = _waves(kernel_size, omega_0, n_features, seed)
+            basis = _siren(sources, kernel_size, *waves)
+        return basis * (kernel_size / torch.linalg.vector_norm(basis[0]))
 
 
 def _require_usable(kernel_size: int, kind: str) -> None:

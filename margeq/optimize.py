@@ -90,7 +90,9 @@ def optimize_marglik(
             candidate paths in it, every start but ``"current"`` draws all its weights anew.
         train_loader: re-iterable batches ``(inputs, targets)``.
         likelihood: ``"classification"``, ``"regression"``, or a likelihood object (copied).
-        prior: structure of the precisions, or a :class:`margeq.GaussianPrior` (copied).
+        prior: structure of the precisions, ``"layerwise"``, ``"tied"`` (one precision for the
+            factors of a product, as in factored and separable layers), ``"scalar"``,
+            ``"pathwise"`` or a mapping, or a :class:`margeq.GaussianPrior` (copied).
         marglik_loader: data of the evidence, without augmentation; default ``train_loader``.
         n_epochs: epochs of each run.
         n_epochs_burnin: epochs before the first hyperparameter update.
@@ -337,6 +339,6 @@ def _diagnostics(problem: Problem, outcomes: list[Outcome], kept: Outcome) -> Di
         clamped_eigenvalues=kept.spectrum.clamped,
         captured_trace=captured,
         restart_spread=max(finished) - min(finished),
-        held_norms=tuple(problem.invariant_units),
+        held_norms=kept.held_norms,
         failed_restarts=tuple(o.start for o in outcomes if o.error is not None),
     )

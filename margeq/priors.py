@@ -31,10 +31,11 @@ class GaussianPrior:
 
     Args:
         model: the model whose weights it is for.
-        structure: ``"layerwise"`` (one per tensor), ``"tied"`` (one per tensor, or per product of
-            tensors), ``"scalar"`` (one for all), ``"pathwise"`` (one per candidate path, one per
-            tensor elsewhere), or a mapping from names of parameters or modules to group names,
-            tensor names being their own group otherwise.
+        structure: ``"layerwise"`` (one per tensor), ``"tied"`` (one per product of the tensors
+            that a layer declares in ``tied_factors``, named as in ``"0.weight_u*weight_v"``, and
+            one per tensor elsewhere), ``"scalar"`` (one for all), ``"pathwise"`` (one per
+            candidate path, one per tensor elsewhere), or a mapping from names of parameters or
+            modules to group names, tensor names being their own group otherwise.
         prior_precision: one value, or one per group, in units of 1 / weight^2; of a product the
             geometric mean over its factors.
         parameters: as in :func:`margeq.named_weights`.
@@ -47,7 +48,8 @@ class GaussianPrior:
             log precisions are kept.
 
     Raises:
-        ConfigError: for an unknown structure or group, or a precision that is not positive.
+        ConfigError: for an unknown structure or group, a precision that is not positive, or
+            products to tie that share a factor or have one that is no parameter.
     """
 
     def __init__(
@@ -161,14 +163,41 @@ def _products(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[str
     """Tensor -> product ``"layer.u*v"`` for the factors that layers declare in ``tied_factors``."""
     name_of = {id(weight): name for name, weight in weights.items()}
     found: dict[str, str] = {}
+    members: dict[str, set[str]] = {}
     for prefix, module in model.named_modules():
         declared: Sequence[Sequence[str]] = getattr(module, "tied_factors", ())
         for factors in declared:
-            present = [f for f in factors if id(module.get_parameter(f)) in name_of]
+            own = {factor: name_of.get(id(_factor(prefix, module, factor))) for factor in factors}
+            present = {factor: tensor for factor, tensor in own.items() if tensor is not None}
+            tensors = set(present.values())
+            # one factor alone has no other to trade its scale with
+            if len(tensors) < 2 or tensors in members.values():
+                continue
             product = f"{prefix}.{'*'.join(present)}".removeprefix(".")
-            for factor in present:
-                found[name_of[id(module.get_parameter(factor))]] = product
+            _refuse_common(product, tensors, found)
+            members[product] = tensors
+            found |= dict.fromkeys(tensors, product)
     return found
+
+
+def _factor(prefix: str, module: nn.Module, factor: str) -> nn.Parameter:
+    try:
+        return module.get_parameter(factor)
+    except AttributeError as error:
+        raise ConfigError(
+            f"structure='tied': {prefix or 'the model'} ({type(module).__name__}) declares "
+            f"{factor!r} in tied_factors, but has no such parameter ({error}); was it "
+            f"parametrised or replaced? Undo that, or use 'layerwise' or a mapping of names"
+        ) from error
+
+
+def _refuse_common(product: str, tensors: set[str], found: Mapping[str, str]) -> None:
+    for tensor in sorted(tensors & found.keys()):
+        raise ConfigError(
+            f"structure='tied': {tensor!r} is a factor of {found[tensor]!r} and of {product!r}, "
+            f"two products that cannot have a precision each; give every layer factors of its "
+            f"own, or use 'layerwise' or a mapping of names"
+        )
 
 
 def _lookup(tensor: str, structure: Mapping[str, str]) -> str:

@@ -13,8 +13,9 @@ from margeq.curvature.capture import check_rules
 from margeq.curvature.factors import InputCovCache
 from margeq.curvature.options import KfacOptions
 from margeq.errors import MissingRuleError, UnsupportedLayerError
+from margeq.groups import P4
 from margeq.laplace import accumulate
-from margeq.layers import FactoredLinear2d
+from margeq.layers import FactoredLinear2d, LiftingConv2d
 from margeq.likelihoods import Categorical
 from margeq.parameters import named_weights
 from tests.oracles import F64, data_for, errors, net, worst_difference
@@ -149,6 +150,27 @@ def test_cached_input_factors_follow_the_data(root):
         cached = accumulate_with(moved, batches, SOFTMAX, options, cache=cache)
         fresh = accumulate_with(moved, batches, SOFTMAX, options)
         assert worst_difference(cached, fresh) <= 1e-12
+
+
+@pytest.mark.parametrize("root", ["exact", "adaptive"])
+def test_layers_with_a_state_that_moves_are_never_cached(root):
+    """Running statistics are no weights, but decide what the weights of the layer see."""
+    model = net(nn.BatchNorm2d(2), nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3, 4))
+    batch, cache, options = small_data(model), InputCovCache(), KfacOptions(hessian_root=root)
+    accumulate_with(model, [batch], SOFTMAX, options, cache=cache)
+    assert cache.factors == {}
+    model[0].running_mean += 0.5
+    model[0].running_var *= 3.0
+    cached = accumulate_with(model, [batch], SOFTMAX, options, cache=cache)
+    fresh = accumulate_with(model, [batch], SOFTMAX, options)
+    assert worst_difference(cached, fresh) == 0.0
+
+
+def test_layers_whose_buffers_follow_from_their_arguments_are_cached():
+    model = net(LiftingConv2d(2, 2, 3, group=P4), nn.ReLU(), nn.Flatten(), nn.Linear(8, 4))
+    cache = InputCovCache()
+    accumulate_with(model, [small_data(model)], SOFTMAX, KfacOptions(), cache=cache)
+    assert set(cache.factors) == {"0.weight", "0.bias"}
 
 
 def test_in_place_activation_on_an_output_that_is_a_view():

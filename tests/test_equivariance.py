@@ -462,3 +462,53 @@ def test_on_the_trivial_group_it_is_the_ordinary_convolution(mode):
         )
         y = layer(x) if isinstance(layer, LiftingConv2d) else layer(x[:, :, None])
         torch.testing.assert_close(y[:, :, 0], plain(x), rtol=EXACT, atol=EXACT)
+
+
+# --- modules and buffers with two names
+
+
+def test_buffers_of_modules_with_two_names_stay_as_they_were():
+    norm = nn.BatchNorm2d(1)
+    model = nn.Sequential(norm, norm)
+    own = model[0].running_mean
+    equivariance_error(model, P4, torch.randn(4, 1, 5, 5) + 3)
+    assert model[0].running_mean is own
+    assert own.item() == 0.0
+    assert norm.num_batches_tracked.item() == 0
+
+
+def test_one_buffer_of_two_modules_is_one_copy():
+    class Counts(nn.Module):
+        def __init__(self, count):
+            super().__init__()
+            self.register_buffer("count", count, persistent=False)
+
+        def forward(self, x):
+            self.count.add_(1)
+            return x * 0.0 + self.count
+
+    count = torch.zeros(())
+    model = nn.Sequential(Counts(count), Counts(count))
+    found = equivariance_error(model, P4, torch.ones(1, 1, 3, 3), per_layer=True)
+    assert found.exact.max == 0.0
+    assert model[0].count is model[1].count is count
+    assert count.item() == 0.0
+    assert not model.state_dict()
+    seen = []
+    model[1].register_forward_hook(lambda module, args, y: seen.append(float(y.mean())))
+    equivariance_error(model, P4, torch.ones(1, 1, 3, 3))
+    assert set(seen) == {2.0}
+
+
+def test_buffers_are_put_back_after_an_error():
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(2))
+    own = model[0].running_mean
+    with pytest.raises(DataError):
+        equivariance_error(model, P4, torch.randn(2, 1, 5, 5) + 3)
+    assert model[0].running_mean is own
+    assert own.item() == 0.0
+
+
+def test_outputs_that_are_all_zero_cannot_be_told_from_equivariant_ones():
+    model = Lambda(lambda x: x * 0.0)
+    assert equivariance_error(model, P4, torch.randn(1, 1, 4, 4)).exact.max == 0.0

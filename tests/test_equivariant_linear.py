@@ -228,3 +228,9 @@ def test_a_sample_of_the_output_entries_reads_only_their_rows():
     sampled = rule.inputs(layer, x, lambda _: positions)["weight"]
     assert sampled.n_positions == every.n_positions == 4
     assert torch.equal(sampled.rows, torch.stack([every.rows[n, positions[n]] for n in range(3)]))
+
+
+def test_empty_batches_have_empty_outputs():
+    layer = EquivariantLinear(PAIRS, ITEMS, 2, 3)
+    assert layer(torch.zeros(0, 2, 16)).shape == (0, 3, 4)
+    assert layer(torch.zeros(0, 32)).shape == (0, 3, 4)

@@ -170,6 +170,27 @@ def test_subgroups_between_pixels_and_other_layers_are_refused():
 @pytest.mark.parametrize("separability", ["full", "gc"])
 def test_expansion_is_a_method_too(separability):
     layer = GroupConv2d(2, 2, 3, group=P4M, separability=separability)
-    torch.testing.assert_close(
-        layer.expand_to(P4).state_dict(), expand_to(layer, P4).state_dict()
-    )
+    torch.testing.assert_close(layer.expand_to(P4).state_dict(), expand_to(layer, P4).state_dict())
+
+
+def trains(layer):
+    return {name.rpartition(".")[2]: p.requires_grad for name, p in layer.named_parameters()}
+
+
+@pytest.mark.parametrize("convert", [to_conv2d, lambda layer: expand_to(layer, P4)])
+@pytest.mark.parametrize("kind", ["lifting", *KINDS])
+def test_frozen_weights_stay_frozen(kind, convert):
+    layer = make(P4M, kind)
+    assert all(p.requires_grad for p in convert(layer.requires_grad_(True)).parameters())
+    assert not any(p.requires_grad for p in convert(layer.requires_grad_(False)).parameters())
+
+
+@pytest.mark.parametrize("convert", [to_conv2d, lambda layer: expand_to(layer, P4)])
+def test_weights_and_biases_freeze_apart(convert):
+    layer = make(P4M, "full")
+    layer.weight.requires_grad_(False)
+    assert trains(convert(layer)) == {"weight": False, "bias": True}
+    pairs = make(P4M, "g").pairs
+    pairs.weight.requires_grad_(False)
+    pairs.bias.requires_grad_(False)
+    assert trains(convert(pairs)) == {"weight": True, "bias": False}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,9 +13,11 @@ from margeq.errors import ConfigError, DataError
 from margeq.groups import P4, P4M, C, S
 from margeq.layers import (
     GroupConv2d,
+    IrrepGroupConv2d,
     LiftingConv2d,
     PairSeparableConv2d,
     SeparableGroupConv2d,
+    SparseGroupConv2d,
 )
 from margeq.layers.window import Window
 
@@ -32,6 +35,19 @@ def x():
     return torch.randn(2, 2, 4, 5, 5, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_argument_has_a_name(kind):
+    named = {"in_channels": 2, "out_channels": 3, "kernel_size": 3}
+    layer = GroupConv2d(**named, group=P4, separability=kind, groups=1, padding=np.int64(0))
+    assert layer(torch.zeros(1, 2, 4, 5, 5)).shape == (1, 3, 4, 3, 3)
+
+
+def test_subclasses_do_not_turn_into_separable_layers():
+    for kind in (SparseGroupConv2d, IrrepGroupConv2d, type("Own", (GroupConv2d,), {})):
+        with pytest.raises((ConfigError, TypeError), match="separability"):
+            kind(2, 3, 3, group=P4, separability="gc")
+
+
 def test_separable_kinds_are_modules_of_their_own():
     types = {kind: type(GroupConv2d(2, 3, 3, group=P4, separability=kind)) for kind in KINDS}
     assert types.pop("full") is types.pop("pointwise") is GroupConv2d
@@ -41,13 +57,61 @@ def test_separable_kinds_are_modules_of_their_own():
 def test_filters_are_kept_until_the_weight_changes(layer, x):
     with torch.no_grad():
         before = layer(x)
-        modules = [m for m in layer.modules() if hasattr(m, "filters")]
-        assert all(m.filters() is m.filters() for m in modules)
+        modules = [m for m in layer.modules() if hasattr(m, "kept_filters")]
+        assert all(m.kept_filters() is m.kept_filters() for m in modules)
         for parameter in layer.parameters():
             parameter.data.mul_(2.0)  # leaves no version behind
         after = layer(x)
     assert not torch.allclose(before, after)
     torch.testing.assert_close(after, copy.deepcopy(layer)(x))
+
+
+def test_callers_may_write_to_filters(layer, x):
+    with torch.no_grad():
+        before = layer(x)
+        for module in layer.modules():
+            if hasattr(module, "filters"):
+                module.filters().zero_()
+        torch.testing.assert_close(layer(x), before)
+
+
+def test_filters_made_under_an_automatic_cast_do_not_stay():
+    for group, kind in ((P4, "full"), (C(8), "full"), (P4, "pointwise")):
+        layer, x = (
+            GroupConv2d(2, 3, 3, group=group, separability=kind),
+            torch.ones(1, 2, group.order, 5, 5),
+        )
+        with torch.no_grad():
+            expected = layer(x)
+            layer._remembered = type(layer._remembered)()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                layer(x)
+            torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("filters", ["pixels", "band-limited"])
+def test_meta_layers_come_to_life_with_their_state(filters):
+    source = GroupConv2d(2, 3, 3, group=P4, filters=filters)
+    with torch.device("meta"):
+        layer = GroupConv2d(2, 3, 3, group=P4, filters=filters)
+        irreps = IrrepGroupConv2d(2, 3, 3, group=P4)
+        assert LiftingConv2d(1, 2, 3, group=C(8)).weight.is_meta
+    layer.to_empty(device="cpu").load_state_dict(source.state_dict())
+    x = torch.randn(2, 2, 4, 5, 5)
+    torch.testing.assert_close(layer(x), source(x))
+    whole = IrrepGroupConv2d(2, 3, 3, group=P4)
+    irreps.to_empty(device="cpu").load_state_dict(whole.state_dict())
+    torch.testing.assert_close(irreps(x), whole(x))
+    for given in (source, whole):
+        empty = copy.deepcopy(given).to("meta")
+        empty.load_state_dict(given.state_dict(), assign=True)
+        torch.testing.assert_close(empty(x), given(x))
+
+
+def test_bases_are_not_rounded_for_good():
+    layer = LiftingConv2d(1, 2, 3, group=C(8))
+    exact = layer.double().basis.clone()
+    assert torch.equal(layer.half().double().basis, exact)
 
 
 def test_kept_filters_do_not_shadow_other_weights(layer, x):
@@ -135,6 +199,10 @@ def test_sizes_of_the_paper():
         ({"padding": "same", "kernel_size": 2}, "same"),
         ({"padding_mode": "wrap"}, "wrap"),
         ({"groups": 2}, "in_channels"),
+        ({"groups": 0}, "groups"),
+        ({"groups": "2"}, "groups"),
+        ({"groups": 2, "separability": "gc"}, "groups"),
+        ({"separability": ["gc"]}, "separability"),
         ({"out_channels": 0}, "out_channels"),
         ({"filters": "pixels", "group": C(8)}, "C(8)"),
         ({"filters": "steerable"}, "steerable"),

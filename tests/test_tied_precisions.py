@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import margeq
 from margeq.errors import ConfigError
@@ -102,6 +103,59 @@ def test_only_what_has_a_prior_is_tied():
     assert product_of(model, parameters=["0.weight_u", "3"]) == {}
     model[0].weight_v.requires_grad_(False)
     assert product_of(model) == {}
+
+
+def gc(channels=2):
+    return SeparableGroupConv2d(channels, 3, 3, "gc", group=P4)
+
+
+def test_modules_that_are_appended_to_a_layer_are_no_factors():
+    layer = gc()
+    layer.append(nn.ReLU())
+    layer.append(nn.Conv3d(3, 3, 1))
+    name = "elements.weight*plane.weight"
+    assert product_of(layer) == {name: ["elements.weight", "plane.weight"]}
+
+
+def test_a_factor_that_is_no_parameter_is_named_with_its_layer():
+    model = nn.Sequential(nn.Identity(), gc())
+    weight_norm(model[1].plane)
+    with pytest.raises(ConfigError, match=r"1 \(Separable.*'plane.weight'.*use 'layerwise'"):
+        GaussianPrior(model, "tied")
+    model[1].plane = nn.Identity()
+    with pytest.raises(ConfigError, match=r"1 \(Separable.*'plane.weight'.*use 'layerwise'"):
+        GaussianPrior(model, "tied")
+
+
+def sharing():
+    model = nn.Sequential(gc(3), gc(3))
+    model[1].elements = model[0].elements
+    return model
+
+
+def test_a_factor_of_two_products_is_refused():
+    match = r"'0.elements.weight'.*'0.elements.weight\*plane.weight' and of '1.elements"
+    with pytest.raises(ConfigError, match=match):
+        GaussianPrior(sharing(), "tied")
+
+
+def test_one_product_in_two_layers_is_one_product():
+    model = sharing()
+    model[1].plane = model[0].plane
+    assert product_of(model) == {
+        "0.elements.weight*plane.weight": ["0.elements.weight", "0.plane.weight"]
+    }
+
+
+def test_a_shared_factor_with_one_product_left_is_tied_to_it():
+    model = sharing()
+    model[1].plane.weight.requires_grad_(False)
+    prior = GaussianPrior(model, "tied")
+    assert prior.groups["0.elements.weight"] == prior.groups["0.plane.weight"]
+    assert prior.groups["1.plane.bias"] == "1.plane.bias"
+    model[0].plane.weight.requires_grad_(False)
+    assert product_of(model) == {}
+    assert GaussianPrior(model, "tied").groups["0.elements.weight"] == "0.elements.weight"
 
 
 def test_the_structure_is_named_in_the_error():

@@ -122,7 +122,7 @@ def require_rules(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None
                 f"no curvature rule for parameter {name!r} of {prefix} "
                 f"({type(layer).__name__}). Ways out: freeze it (requires_grad_(False)); exclude "
                 f"it from the Laplace approximation (parameters=[...]); replace the module (for "
-                f"BatchNorm: affine=False, or frozen affine weights); or register a rule with "
+                f"LayerNorm: elementwise_affine=False); or register a rule with "
                 f"margeq.register_kfac_rule({type(layer).__name__})"
             )
 

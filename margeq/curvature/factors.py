@@ -291,8 +291,9 @@ def _is_first(use: Use, inputs: Any) -> bool:
     """Whether a call's input factors come from the data alone."""
     if not (isinstance(inputs, Tensor) and _same_memory(use.x, inputs)):
         return False
-    # a basis in the layer, or whatever else is no weight, may change what the weights see
-    return {name for name, _ in use.layer.named_parameters()} == set(use.names)
+    # running statistics, a basis, or whatever else of the layer's state is no weight may change
+    # what the weights see; buffers outside of the state follow from the layer's arguments
+    return use.layer.state_dict().keys() == use.names.keys()
 
 
 def _same_memory(x: Tensor, data: Tensor) -> bool:

@@ -86,7 +86,6 @@ class GroupCirculant:
         return rows.index_select(2, order.flatten()).unflatten(2, order.shape)
 
 
-@cache
 def harmonics(group: FiniteGroup) -> tuple[tuple[Tensor, int], ...]:
     """Representations whose blocks have all eigenvalues of real group-circulant matrices.
 
@@ -94,6 +93,12 @@ def harmonics(group: FiniteGroup) -> tuple[tuple[Tensor, int], ...]:
         Pairs of matrices ``[order, d, d]`` and how often the eigenvalues of their block appear:
         real matrices where that is possible; one of each pair of complex conjugate ones, for both.
     """
+    with torch.device("cpu"):  # whatever the default: they are kept
+        return _harmonics(group)
+
+
+@cache
+def _harmonics(group: FiniteGroup) -> tuple[tuple[Tensor, int], ...]:
     found: list[tuple[Tensor, int]] = []
     for rho in irreps(group):
         character = _character(rho)

@@ -117,16 +117,16 @@ class KfacOptions:
         for name in ("captured_trace", "position_fraction"):
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise ConfigError(f"{name}={getattr(self, name)} must lie in (0, 1]")
-        named = self.kfac_approx if isinstance(self.kfac_approx, Mapping) else {}
-        for value in named.values() if named else (self.kfac_approx,):
-            if value not in _APPROXIMATIONS:
+        for value in self._named().values():
+            if not isinstance(value, str) or value not in _APPROXIMATIONS:
                 raise ConfigError(f"kfac_approx={value!r}: use one of {tuple(_APPROXIMATIONS)}")
         if self.curvature in ("diag", "full"):
             self._refuse_factor_options()
 
     def _refuse_factor_options(self) -> None:
         for field, plain in _PLAIN_FACTORS.items():
-            if getattr(self, field) != plain:
+            value = self._plain_approx() if field == "kfac_approx" else getattr(self, field)
+            if value != plain:
                 raise ConfigError(
                     f"{field}={getattr(self, field)!r} is about Kronecker factors, which "
                     f"curvature={self.curvature!r} has none of; leave it out, or use 'kfac' or "
@@ -140,17 +140,28 @@ class KfacOptions:
             ConfigError: naming the entry.
         """
         names = list(tensors)
-        for key in self.kfac_approx if isinstance(self.kfac_approx, Mapping) else ():
+        for key in self._named():
             if key and not any(matches(name, [key]) for name in names):
                 raise ConfigError(f"kfac_approx: no weight is called, or lies below, {key!r}")
 
     def reduces(self, tensor: str) -> tuple[bool, bool]:
         """Whether places, and whether frames, of one weight tensor are reduced."""
+        return _APPROXIMATIONS[_looked_up(tensor, self._named())]
+
+    def _named(self) -> dict[str, str]:
+        """Name -> approximation, with the default of the rest at ``""``."""
         named = self.kfac_approx
-        if not isinstance(named, Mapping):
-            return _APPROXIMATIONS[named]
-        hits = [key for key in named if key and matches(tensor, [key])]
-        return _APPROXIMATIONS[named[max(hits, key=len)] if hits else named.get("", "expand")]
+        return {"": "expand", **(named if isinstance(named, Mapping) else {"": named})}
+
+    def _plain_approx(self) -> str:
+        """The same text for all values of ``kfac_approx`` that say the same."""
+        named = self._named()
+        telling = {"": named[""]} if named[""] != "expand" else {}
+        for key in named:
+            others = {other: value for other, value in named.items() if other != key}
+            if key and named[key] != _looked_up(key, others):
+                telling[key] = named[key]
+        return named[""] if telling.keys() <= {""} else repr(sorted(telling.items()))
 
     def flavour(
         self, likelihood: str, parameters: str | Sequence[str], temperature: float
@@ -161,14 +172,19 @@ class KfacOptions:
             "adaptive": f"adaptive({self.captured_trace:g})",
             "mc": f"mc({self.mc_samples})",
         }
-        approx = self.kfac_approx
         return EvidenceFlavour(
             likelihood=likelihood,
             curvature=self.curvature,
             hessian_root=detail[self.hessian_root],
-            kfac_approx=approx if isinstance(approx, str) else repr(sorted(approx.items())),
+            kfac_approx=self._plain_approx(),
             bias_approx=self.bias_approx,
             position_fraction=self.position_fraction,
             weights=parameters if isinstance(parameters, str) else repr(sorted(parameters)),
             temperature=temperature,
         )
+
+
+def _looked_up(tensor: str, named: Mapping[str, str]) -> str:
+    """The value of the longest name that a tensor is called or lies below."""
+    hits = [key for key in named if key and matches(tensor, [key])]
+    return named[max(hits, key=len, default="")]

@@ -8,17 +8,20 @@ vector   [n, k]           stays as it is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
+from numbers import Integral
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from margeq.counts import is_count
 from margeq.errors import ConfigError, DataError
-from margeq.groups.finite import FiniteGroup
+from margeq.groups.finite import FiniteGroup, require_group
 from margeq.groups.planar import P4M, D, require_planar, stencil
 
-__all__ = ["Interpolation", "Kind", "act", "disk", "maps_pixels_to_pixels"]
+__all__ = ["Interpolation", "Kind", "act", "disk", "is_shift", "maps_pixels_to_pixels"]
 
 Kind = Literal["picture", "map", "elements", "vector"]
 Interpolation = Literal["bicubic", "bilinear"]
@@ -66,7 +69,7 @@ def act(
                   [3., 1.]]]])
     """
     require_planar(group)
-    _require_arguments(x, group, element, kind, interpolation)
+    _require_arguments(x, group, element, kind, shift, interpolation)
     if kind in ("map", "elements"):
         x = x.index_select(2, group.relative[element].to(x.device))
     if kind in ("picture", "map"):
@@ -81,12 +84,25 @@ def maps_pixels_to_pixels(group: FiniteGroup, element: int) -> bool:
     Returns:
         False if it moves some pixel to a place between pixels.
 
+    Raises:
+        ConfigError: for something that is no group.
+
     Example:
         >>> from margeq.groups import C
         >>> [maps_pixels_to_pixels(C(8), u) for u in range(4)]
         [True, False, True, False]
     """
+    require_group(group)
     return _as_exact(group, element) is not None
+
+
+def is_shift(value: object) -> bool:
+    """Whether an argument is a number of rows and one of columns, of any sign."""
+    return (
+        isinstance(value, Sequence)
+        and len(value) == 2
+        and all(isinstance(v, Integral) and not isinstance(v, bool) for v in value)
+    )
 
 
 def disk(height: int, width: int, share: float = 1.0) -> Tensor:
@@ -115,12 +131,17 @@ def _moved(x: Tensor, group: FiniteGroup, element: int, interpolation: Interpola
     height, width = x.shape[-2:]
     exact = _as_exact(group, element)
     if exact is not None:
+        if exact[0] is P4M and height != width:
+            raise DataError(
+                f"element {element} of {group!r} swaps rows and columns, so it needs square maps; "
+                f"got {height} x {width}"
+            )
         sources = stencil(exact[0], height, width)[exact[1]].to(x.device)
         return x.flatten(-2).index_select(-1, sources).unflatten(-1, (height, width))
     # the inverse of an orthogonal matrix: where each pixel comes from
     sources = group.matrices[element].mT @ _centred(height, width)
     # half a map is one unit, from its centre to the outer side of its last pixel
-    units = sources.mT / torch.tensor([width / 2, height / 2], dtype=sources.dtype)
+    units = sources.mT / torch.tensor([width / 2, height / 2], dtype=sources.dtype, device="cpu")
     places = units.unflatten(0, (height, width)).to(x)
     return nn.functional.grid_sample(
         x.flatten(1, -3), places.expand(len(x), -1, -1, -1), mode=interpolation,
@@ -130,20 +151,22 @@ def _moved(x: Tensor, group: FiniteGroup, element: int, interpolation: Interpola
 
 def _centred(height: int, width: int) -> Tensor:
     """``(x, y)`` of each pixel relative to the centre, ``[2, height * width]``."""
-    y = torch.arange(height, dtype=torch.float64) - (height - 1) / 2
-    x = torch.arange(width, dtype=torch.float64) - (width - 1) / 2
+    y = torch.arange(height, dtype=torch.float64, device="cpu") - (height - 1) / 2
+    x = torch.arange(width, dtype=torch.float64, device="cpu") - (width - 1) / 2
     grid = torch.meshgrid(y, x, indexing="ij")
     return torch.stack([grid[1].flatten(), grid[0].flatten()])
 
 
 def _require_arguments(
-    x: Tensor, group: FiniteGroup, element: int, kind: str, interpolation: str
+    x: Tensor, group: FiniteGroup, element: int, kind: str, shift: object, interpolation: str
 ) -> None:
     if kind not in _AXES:
         raise ConfigError(f"kind={kind!r}: use one of {get_args(Kind)}")
     if interpolation not in get_args(Interpolation):
         raise ConfigError(f"interpolation={interpolation!r}: use {get_args(Interpolation)}")
-    if not 0 <= element < group.order:
+    if not is_shift(shift):
+        raise ConfigError(f"shift={shift!r}: use whole numbers of pixels, (rows, columns)")
+    if not is_count(element, least=0) or element >= group.order:
         raise ConfigError(f"element={element!r} of {group!r}: use 0 to {group.order - 1}")
     on_group = kind in ("map", "elements")
     if x.ndim != _AXES[kind] or (on_group and x.shape[2] != group.order):

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import permutations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from margeq.counts import is_count
 from margeq.errors import ConfigError
 
-__all__ = ["FiniteGroup", "S"]
+__all__ = ["FiniteGroup", "S", "as_matrices", "require_group"]
 
 _LARGEST_SYMMETRIC = 6
 """S(7) has a table of 25 million products."""
@@ -51,11 +52,13 @@ class FiniteGroup:
     generators: tuple[int, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        matrices = self.matrices.detach().to("cpu", torch.float64, copy=True)
-        object.__setattr__(self, "matrices", matrices)
-        object.__setattr__(self, "product", _product_table(self.name, matrices))
-        object.__setattr__(self, "inverse", (self.product == 0).int().argmax(1))
-        object.__setattr__(self, "generators", _generators(self.product))
+        matrices = as_matrices(str(self.name), self.matrices)
+        with torch.device("cpu"):  # tables are there, whatever the default device
+            product = _product_table(self.name, matrices)
+            object.__setattr__(self, "matrices", matrices)
+            object.__setattr__(self, "product", product)
+            object.__setattr__(self, "inverse", (product == 0).int().argmax(1))
+            object.__setattr__(self, "generators", _generators(product))
 
     @property
     def order(self) -> int:
@@ -88,6 +91,7 @@ class FiniteGroup:
             >>> P4.elements_of(C(2)), P4M.elements_of(P4)
             ((0, 2), (0, 1, 2, 3))
         """
+        require_group(subgroup, "subgroup")
         found = []
         for matrix in subgroup.matrices:
             same = (
@@ -102,6 +106,7 @@ class FiniteGroup:
 
     def has_subgroup(self, subgroup: FiniteGroup) -> bool:
         """Whether every element of another group is one of this group."""
+        require_group(subgroup, "subgroup")
         try:
             self.elements_of(subgroup)
         except ConfigError:
@@ -146,7 +151,6 @@ class FiniteGroup:
         return self  # immutable
 
 
-@cache
 def S(n: int) -> FiniteGroup:
     """All permutations of ``n`` things, by their permutation matrices.
 
@@ -165,10 +169,52 @@ def S(n: int) -> FiniteGroup:
     """
     if not is_count(n) or n > _LARGEST_SYMMETRIC:
         raise ConfigError(f"S({n!r}): use a whole number from 1 to {_LARGEST_SYMMETRIC}")
-    eye = torch.eye(n, dtype=torch.float64)
+    return _symmetric(int(n))
+
+
+@cache
+def _symmetric(n: int) -> FiniteGroup:
+    eye = torch.eye(n, dtype=torch.float64, device="cpu")
     # the matrix of p moves thing i to place p[i]
     moves = torch.stack([eye[:, list(inverse)] for inverse in permutations(range(n))])
     return FiniteGroup(f"S({n})", moves)
+
+
+def require_group(group: object, name: str = "group") -> None:
+    """Refuse what is no group.
+
+    Args:
+        group: an argument.
+        name: what it is called.
+
+    Raises:
+        ConfigError: with an example of one.
+    """
+    if not isinstance(group, FiniteGroup):
+        raise ConfigError(f"{name}={group!r:.80}: use a FiniteGroup such as margeq.groups.P4")
+
+
+def as_matrices(name: str, matrices: Any) -> Tensor:
+    """Square real matrices in double precision, on the CPU.
+
+    Args:
+        name: what they belong to, for messages.
+        matrices: an argument.
+
+    Returns:
+        A copy ``[count, d, d]``.
+
+    Raises:
+        ConfigError: for anything else, and for entries that are not finite.
+    """
+    if not isinstance(matrices, Tensor) or matrices.is_complex():
+        raise ConfigError(f"{name}: matrices must be a real tensor, got {matrices!r:.80}")
+    if matrices.ndim != 3 or matrices.shape[1] != matrices.shape[2] or not matrices.numel():
+        raise ConfigError(f"{name}: matrices {tuple(matrices.shape)} must be [count, d, d]")
+    values = matrices.detach().to("cpu", torch.float64, copy=True).contiguous()
+    if not bool(torch.isfinite(values).all()):
+        raise ConfigError(f"{name}: matrices have entries that are not finite")
+    return values
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -177,8 +223,6 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 def _product_table(name: str, matrices: Tensor) -> Tensor:
     """The index of each product, found through a random functional that tells elements apart."""
-    if matrices.ndim != 3 or matrices.shape[1] != matrices.shape[2] or not len(matrices):
-        raise ConfigError(f"{name}: matrices {tuple(matrices.shape)} must be [order, d, d]")
     if not _same(matrices[0], torch.eye(matrices.shape[1], dtype=matrices.dtype)):
         raise ConfigError(f"{name}: the first matrix must be the identity")
     generator = torch.Generator().manual_seed(0)

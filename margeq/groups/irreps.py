@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from margeq.errors import CurvatureError
-from margeq.groups.finite import FiniteGroup
+from margeq.groups.finite import FiniteGroup, require_group
 
 __all__ = ["irreps"]
 
@@ -16,7 +16,6 @@ _ATTEMPTS = 5
 """Seeds to try until no two eigenvalues of a random matrix fall together."""
 
 
-@cache
 def irreps(group: FiniteGroup) -> tuple[Tensor, ...]:
     """One unitary matrix set per complex irreducible representation, up to equivalence.
 
@@ -32,6 +31,7 @@ def irreps(group: FiniteGroup) -> tuple[Tensor, ...]:
         ``[order, d, d]`` each, complex128; the trivial one first, then by dimension.
 
     Raises:
+        ConfigError: for something that is no group.
         CurvatureError: if the regular representation could not be split.
 
     Example:
@@ -39,6 +39,13 @@ def irreps(group: FiniteGroup) -> tuple[Tensor, ...]:
         >>> [rho.shape[-1] for rho in irreps(S(4))]
         [1, 1, 2, 3, 3]
     """
+    require_group(group)
+    with torch.device("cpu"):  # whatever the default: they are kept
+        return _irreps(group)
+
+
+@cache
+def _irreps(group: FiniteGroup) -> tuple[Tensor, ...]:
     for seed in range(_ATTEMPTS):
         found = _distinct(_eigenspaces(group, seed), group)
         if sum(rho.shape[-1] ** 2 for rho in found) == group.order:

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from margeq.counts import is_count
 from margeq.errors import ConfigError, DataError
-from margeq.groups.finite import FiniteGroup
+from margeq.groups.finite import FiniteGroup, require_group
 
 __all__ = ["P2", "P4", "P4M", "PM", "Z2", "C", "D", "is_exact", "require_planar", "stencil"]
 
 
-@cache
 def C(n: int) -> FiniteGroup:
     """Rotations by multiples of ``360 / n`` degrees; element r is the rotation by r steps.
 
@@ -34,11 +33,9 @@ def C(n: int) -> FiniteGroup:
         8
     """
     _require_count("C", n)
-    names = {1: "Z2", 2: "P2", 4: "P4"}
-    return FiniteGroup(names.get(n, f"C({n})"), _rotations(n))
+    return _cyclic(int(n))
 
 
-@cache
 def D(n: int) -> FiniteGroup:
     """Rotations of ``C(n)`` and reflections; element ``m n + r`` is rotation r after m mirrors.
 
@@ -55,10 +52,7 @@ def D(n: int) -> FiniteGroup:
         (8, True)
     """
     _require_count("D", n)
-    rotations = _rotations(n)
-    mirror = torch.tensor([[-1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
-    names = {1: "PM", 4: "P4M"}
-    return FiniteGroup(names.get(n, f"D({n})"), torch.cat([rotations, rotations @ mirror]))
+    return _dihedral(int(n))
 
 
 def _require_count(name: str, n: object) -> None:
@@ -66,8 +60,22 @@ def _require_count(name: str, n: object) -> None:
         raise ConfigError(f"{name}({n!r}): use a whole number of at least 1")
 
 
+@cache
+def _cyclic(n: int) -> FiniteGroup:
+    names = {1: "Z2", 2: "P2", 4: "P4"}
+    return FiniteGroup(names.get(n, f"C({n})"), _rotations(n))
+
+
+@cache
+def _dihedral(n: int) -> FiniteGroup:
+    rotations = _rotations(n)
+    mirror = torch.tensor([[-1.0, 0.0], [0.0, 1.0]], dtype=torch.float64, device="cpu")
+    names = {1: "PM", 4: "P4M"}
+    return FiniteGroup(names.get(n, f"D({n})"), torch.cat([rotations, rotations @ mirror]))
+
+
 def _rotations(n: int) -> Tensor:
-    angles = 2.0 * math.pi * torch.arange(n, dtype=torch.float64) / n
+    angles = 2.0 * math.pi * torch.arange(n, dtype=torch.float64, device="cpu") / n
     cos, sin = angles.cos(), angles.sin()
     matrices = torch.stack([cos, -sin, sin, cos], -1).unflatten(-1, (2, 2))
     nearest = matrices.round()
@@ -83,6 +91,7 @@ def require_planar(group: FiniteGroup) -> None:
     Raises:
         ConfigError: naming the group.
     """
+    require_group(group)
     matrices = group.matrices
     eye = torch.eye(2, dtype=matrices.dtype, device="cpu")
     planar = matrices.shape[1] == 2 and float((matrices @ matrices.mT - eye).abs().max()) < 1e-9
@@ -107,7 +116,6 @@ def is_exact(group: FiniteGroup) -> bool:
     return bool((group.matrices == group.matrices.round()).all())
 
 
-@cache
 def stencil(group: FiniteGroup, height: int, width: int) -> Tensor:
     """Where each pixel of a transformed map comes from: ``(T_h w)[p] = w[stencil[h, p]]``.
 
@@ -127,6 +135,12 @@ def stencil(group: FiniteGroup, height: int, width: int) -> Tensor:
         >>> stencil(P4, 2, 2)[1].tolist()
         [2, 0, 3, 1]
     """
+    require_group(group)
+    return _stencil(group, height, width)
+
+
+@cache
+def _stencil(group: FiniteGroup, height: int, width: int) -> Tensor:
     if not is_exact(group):
         raise ConfigError(f"{group!r} does not map pixels to pixels; use C(1, 2, 4) or D(1, 2, 4)")
     swaps = bool((group.matrices[:, 0, 0] == 0).any())

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from margeq.counts import is_count
 from margeq.errors import ConfigError
-from margeq.groups.finite import FiniteGroup
+from margeq.groups.finite import FiniteGroup, as_matrices, require_group
 
 __all__ = [
     "LieRepresentation",
@@ -52,7 +52,8 @@ class Representation:
     matrices: Tensor
 
     def __post_init__(self) -> None:
-        matrices = _as_matrices("Representation", self.matrices)
+        require_group(self.group)
+        matrices = as_matrices("Representation", self.matrices)
         object.__setattr__(self, "matrices", matrices)
         if len(matrices) != self.group.order:
             raise ConfigError(
@@ -137,7 +138,7 @@ class LieRepresentation:
     generators: Tensor
 
     def __post_init__(self) -> None:
-        generators = _as_matrices("LieRepresentation", self.generators)
+        generators = as_matrices("LieRepresentation", self.generators)
         object.__setattr__(self, "generators", generators)
 
     @property
@@ -192,6 +193,7 @@ def trivial(of: FiniteGroup | LieRepresentation) -> Representation | LieRepresen
     """The one-dimensional representation that moves nothing, of a group or of an algebra."""
     if isinstance(of, LieRepresentation):
         return LieRepresentation(of.generators.new_zeros(len(of.generators), 1, 1))
+    require_group(of, "of")
     return Representation(of, of.matrices.new_ones(of.order, 1, 1))
 
 
@@ -204,16 +206,21 @@ def regular(group: FiniteGroup) -> Representation:
     Returns:
         A representation by permutation matrices, of dimension ``order``.
 
+    Raises:
+        ConfigError: for something that is no group.
+
     Example:
         >>> from margeq.groups import C
         >>> regular(C(5)).matrices[1].int().tolist()[0]
         [0, 0, 0, 0, 1]
     """
+    require_group(group)
     return Representation(group, _eye(group.order)[group.product].mT)
 
 
 def standard(group: FiniteGroup) -> Representation:
     """The group's own matrices: permutations of things for ``S(n)``, of the plane for ``D(n)``."""
+    require_group(group)
     return Representation(group, group.matrices)
 
 
@@ -237,17 +244,6 @@ def rotations(n: int) -> LieRepresentation:
     generators[number, pairs[:, 0], pairs[:, 1]] = -1.0
     generators[number, pairs[:, 1], pairs[:, 0]] = 1.0
     return LieRepresentation(generators)
-
-
-def _as_matrices(name: str, matrices: Any) -> Tensor:
-    if not isinstance(matrices, Tensor) or matrices.is_complex():
-        raise ConfigError(f"{name}: matrices must be a real tensor, got {matrices!r:.80}")
-    if matrices.ndim != 3 or matrices.shape[1] != matrices.shape[2] or not matrices.numel():
-        raise ConfigError(f"{name}: matrices {tuple(matrices.shape)} must be [count, d, d]")
-    values = matrices.detach().to("cpu", torch.float64, copy=True).contiguous()
-    if not bool(torch.isfinite(values).all()):
-        raise ConfigError(f"{name}: matrices have entries that are not finite")
-    return values
 
 
 def _require_homomorphism(group: FiniteGroup, matrices: Tensor) -> None:

@@ -92,6 +92,8 @@ class EquivariantLinear(MapLayer):
         # not in the state: the representations determine them
         self.basis = nn.Buffer(self._maps.to(self.weight), persistent=False)
         self.bias_basis = nn.Buffer(self._vectors.to(self.weight), persistent=False)
+        # with assign=True the weight comes from elsewhere
+        self.register_load_state_dict_post_hook(_follow_weight)
         self.reset_parameters()
 
     @property
@@ -119,7 +121,7 @@ class EquivariantLinear(MapLayer):
 
     def vectors(self, x: Tensor) -> Tensor:
         """Inputs as ``[n, in_channels, d_in]``."""
-        return x.reshape(len(x), self.in_channels, -1)
+        return x.reshape(len(x), self.in_channels, self.rep_in.dim)
 
     def induced_weight(self) -> Tensor:
         """The map as a matrix, ``[out_channels * d_out, in_channels * d_in]``."""
@@ -132,10 +134,18 @@ class EquivariantLinear(MapLayer):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
+        self.follow_weight()
+        return self
+
+    def follow_weight(self) -> None:
+        """Make the bases again, where and as precise as the weight is."""
         # a basis that was rounded to single precision would not commute in double precision
         self.basis = self._maps.to(self.weight)
         self.bias_basis = self._vectors.to(self.weight)
-        return self
+
+
+def _follow_weight(layer: EquivariantLinear, _: Any) -> None:
+    layer.follow_weight()
 
 
 def _inputs(

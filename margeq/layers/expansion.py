@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from margeq.errors import ConfigError
-from margeq.groups.finite import FiniteGroup
+from margeq.groups.finite import FiniteGroup, require_group
 from margeq.groups.planar import Z2, is_exact
 from margeq.layers.expandable import Expandable
 from margeq.layers.group import GroupConv2d
@@ -33,7 +33,8 @@ def expand_to(layer: nn.Module, subgroup: FiniteGroup) -> nn.Module:
 
     With ``restrict = RestrictGroup(H, K)`` the new layer maps ``restrict(x)`` to
     ``restrict(layer(x))``; one that lifts takes the same pictures as before. Weights are computed
-    anew, so the layers share none, and the given one is left as it is.
+    anew, so the layers share none, and the given one is left as it is. They are trainable where
+    the given ones are: frozen weights stay frozen.
 
     Args:
         layer: :class:`LiftingConv2d`, :class:`GroupConv2d` of any separability (pointwise stays
@@ -56,6 +57,7 @@ def expand_to(layer: nn.Module, subgroup: FiniteGroup) -> nn.Module:
         >>> layer.weight.numel(), expand_to(layer, P4).weight.numel()
         (432, 864)
     """
+    require_group(subgroup, "subgroup")
     if isinstance(layer, SeparableGroupConv2d):
         factors = ((name, expand_to(factor, subgroup)) for name, factor in layer.named_children())
         return nn.Sequential(OrderedDict(factors)).train(layer.training)
@@ -85,7 +87,7 @@ def to_conv2d(layer: nn.Module) -> nn.Module:
 
         MergeGroup()(layer(x)) = to_conv2d(layer)(MergeGroup()(x))
 
-    Filters of pointwise layers are zero between different elements.
+    Filters of pointwise layers are zero between different elements. Frozen weights stay frozen.
 
     Args:
         layer: as in :func:`expand_to`.
@@ -159,8 +161,12 @@ _Layer = TypeVar("_Layer", PlanarConv, nn.Conv2d)
 def _filled(new: _Layer, layer: PlanarConv, weight: Tensor) -> _Layer:
     """A new layer with the given weights and the biases, where and how the old one is."""
     new = new.to(layer.weight).train(layer.training)
+    trains = any(p.requires_grad for name, p in layer.named_parameters() if name != "bias")
+    new.weight.requires_grad_(trains)
     with torch.no_grad():
         new.weight.copy_(weight.reshape(new.weight.shape))
         if new.bias is not None and layer.bias is not None:
-            new.bias.copy_(layer.bias.repeat_interleave(len(new.bias) // len(layer.bias)))
+            new.bias.requires_grad_(layer.bias.requires_grad).copy_(
+                layer.bias.repeat_interleave(len(new.bias) // len(layer.bias))
+            )
     return new

@@ -67,9 +67,14 @@ class GroupConv2d(PlanarConv):
     """Name -> constructor, of the kinds that have a module of their own."""
 
     def __new__(cls, *args: Any, separability: str = "full", **options: Any) -> Any:
-        """The module of the separable kind, if it is one."""
-        make = cls.separable_kinds.get(separability)
-        return super().__new__(cls) if make is None else make(*args, separability, **options)
+        """The module of the separable kind, if it is one; subclasses are what they are."""
+        is_kind = cls is GroupConv2d and isinstance(separability, str)
+        make = cls.separable_kinds.get(separability) if is_kind else None
+        if make is None:
+            return super().__new__(cls)
+        if options.pop("groups", 1) != 1:
+            raise ConfigError(f"separability={separability!r} has no groups; leave them at 1")
+        return make(*args, separability=separability, **options)
 
     def __init__(
         self,
@@ -120,10 +125,10 @@ class GroupConv2d(PlanarConv):
         """Filters between all channels and elements, ``[O, |H|, I, |H|, k, k]``."""
         blocks, order = self.window.groups, self.order
         if self.mixes_elements:
-            filters = self.filters().unflatten(1, (-1, order)).unflatten(0, (-1, order))
+            filters = self.kept_filters().unflatten(1, (-1, order)).unflatten(0, (-1, order))
         else:
             eye = torch.eye(order, dtype=self.weight.dtype, device=self.weight.device)
-            filters = torch.einsum("ohiyx,hg->ohigyx", self.filters(), eye)
+            filters = torch.einsum("ohiyx,hg->ohigyx", self.kept_filters(), eye)
         eye = torch.eye(blocks, dtype=filters.dtype, device=filters.device)
         by_block = filters.unflatten(0, (blocks, -1))
         return torch.einsum("bohigyx,bc->bohcigyx", by_block, eye).flatten(3, 4).flatten(0, 1)
@@ -132,7 +137,7 @@ class GroupConv2d(PlanarConv):
         """Map ``[n, I, |H|, y, x]`` to ``[n, O, |H|, y', x']``."""
         self.check_input(x)
         if self.mixes_elements:
-            y = self.window.convolve(x.flatten(1, 2), self.filters(), self.expanded_bias())
+            y = self.window.convolve(x.flatten(1, 2), self.kept_filters(), self.expanded_bias())
             return y.unflatten(1, (self.out_channels, self.order))
         return self._depthwise(x) if self._is_depthwise else self._pointwise(x)
 
@@ -154,7 +159,7 @@ class GroupConv2d(PlanarConv):
 
     def _pointwise(self, x: Tensor) -> Tensor:
         """Each group element by itself, which is faster than as blocks of one convolution."""
-        maps = zip(x.unbind(2), self.filters().unbind(1), strict=True)
+        maps = zip(x.unbind(2), self.kept_filters().unbind(1), strict=True)
         return torch.stack([self.window.convolve(f, w, self.bias) for f, w in maps], dim=2)
 
     def _depthwise(self, x: Tensor) -> Tensor:
@@ -162,7 +167,9 @@ class GroupConv2d(PlanarConv):
         blocks, order = self.in_channels, self.order
         multiplier = self.out_channels // blocks
         window = self.window.with_groups(blocks * order)
-        filters = self.filters().unflatten(0, (blocks, multiplier)).transpose(1, 2).flatten(0, 2)
+        filters = (
+            self.kept_filters().unflatten(0, (blocks, multiplier)).transpose(1, 2).flatten(0, 2)
+        )
         bias = self.bias
         if bias is not None:
             bias = bias.unflatten(0, (blocks, 1, multiplier)).expand(-1, order, -1).flatten()

@@ -6,12 +6,14 @@ with that action and the pixels' shifts (:class:`RestrictGroup` with that of the
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, Self
 
+import torch
 from torch import Tensor, nn
 
 from margeq.errors import ConfigError, DataError
-from margeq.groups.finite import FiniteGroup
+from margeq.groups.finite import FiniteGroup, require_group
 
 __all__ = ["GroupPool", "Lift", "MergeGroup", "PerElement", "RestrictGroup", "SplitGroup"]
 
@@ -32,7 +34,7 @@ class GroupPool(nn.Module):
         ``[n, c, |H|, *space] -> [n, c, *space]``.
 
     Raises:
-        ConfigError: for an unknown reduction.
+        ConfigError: for something that is no group, or an unknown reduction.
         DataError: if an input has another group axis.
 
     Reference:
@@ -47,6 +49,7 @@ class GroupPool(nn.Module):
 
     def __init__(self, group: FiniteGroup, reduction: Literal["max", "mean"] = "max") -> None:
         super().__init__()
+        require_group(group)
         if reduction not in ("max", "mean"):
             raise ConfigError(f"GroupPool: reduction={reduction!r}: use 'max' or 'mean'")
         self.group, self.reduction = group, reduction
@@ -78,7 +81,7 @@ class RestrictGroup(nn.Module):
         together.
 
     Raises:
-        ConfigError: if it is no subgroup.
+        ConfigError: if it is no subgroup of a group.
         DataError: if an input has another group axis.
 
     Example:
@@ -92,18 +95,32 @@ class RestrictGroup(nn.Module):
 
     def __init__(self, group: FiniteGroup, subgroup: FiniteGroup) -> None:
         super().__init__()
+        require_group(group)
         self.group, self.subgroup = group, subgroup
-        self.register_buffer("cosets", group.cosets(subgroup), persistent=False)
+        self._exact_cosets = group.cosets(subgroup)
+        cosets = self._exact_cosets.to(torch.get_default_device())
+        # it follows from the groups, so it is no state
+        self.register_buffer("cosets", cosets, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Sort the group axis into channels and elements of the subgroup."""
         _require_group_axis(self, self.group, x)
-        by_coset = x.index_select(2, self.cosets.flatten())
-        return by_coset.unflatten(2, tuple(self.cosets.shape)).flatten(1, 2)
+        cosets = self.cosets_on(x.device)
+        return x.index_select(2, cosets.flatten()).unflatten(2, cosets.shape).flatten(1, 2)
+
+    def cosets_on(self, device: torch.device) -> Tensor:
+        """The cosets on the device of a map, wherever the layer was made."""
+        return self.cosets if self.cosets.device == device else self._exact_cosets.to(device)
 
     def extra_repr(self) -> str:
         """Both groups, for ``print(model)``."""
         return f"{self.group}, {self.subgroup}"
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        # to_empty() leaves no values
+        self.cosets = self._exact_cosets.to(self.cosets.device)
+        return self
 
 
 class Lift(nn.Module):
@@ -120,6 +137,7 @@ class Lift(nn.Module):
         ``[n, c, *space] -> [n, c, |H|, *space]``.
 
     Raises:
+        ConfigError: for something that is no group.
         DataError: if an input has no channels.
 
     Example:
@@ -131,6 +149,7 @@ class Lift(nn.Module):
 
     def __init__(self, group: FiniteGroup) -> None:
         super().__init__()
+        require_group(group)
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,6 +192,7 @@ class SplitGroup(nn.Module):
         ``[n, c * |H|, *space] -> [n, c, |H|, *space]``.
 
     Raises:
+        ConfigError: for something that is no group.
         DataError: if the number of channels is no multiple of the group's order.
 
     Example:
@@ -184,6 +204,7 @@ class SplitGroup(nn.Module):
 
     def __init__(self, group: FiniteGroup) -> None:
         super().__init__()
+        require_group(group)
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:

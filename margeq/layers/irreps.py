@@ -143,13 +143,20 @@ class IrrepGroupConv2d(GroupConv2d):
         """Give the layer a weight for each representation and its bias ``[O]``."""
         size = self.window.size
         pixels = stencil(self.group, size, size)[self.group.inverse]
-        offsets = torch.arange(self.order)[:, None] * self.n_functions
-        self.orbits = nn.Buffer(offsets + pixels, persistent=False)  # [h, x]: where (e, x) goes
+        offsets = torch.arange(self.order, device="cpu")[:, None] * self.n_functions
+        self._exact_orbits = offsets + pixels  # [h, x]: where (e, x) goes
+        place = torch.get_default_device()
+        self.orbits = nn.Buffer(self._exact_orbits.to(place), persistent=False)
         for name, space in self._spaces().items():
             shape = (self.out_channels, inner[0], space.shape[1], self.n_functions)
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         self.bias = nn.Parameter(torch.empty(self.out_channels)) if bias else None
         self.reset_parameters()
+
+    def follow_weights(self) -> None:
+        """Put what follows from the arguments where the weights are."""
+        super().follow_weights()
+        self.orbits = self._exact_orbits.to(next(self.parameters()).device)
 
     def reset_parameters(self) -> None:
         """Normal weights under which the filters have unit gain, zero biases."""
@@ -168,8 +175,8 @@ class IrrepGroupConv2d(GroupConv2d):
         """Dimension of the linear span of all maps it can represent."""
         return sum(part.numel() for part in self.parts.values())
 
-    def filters(self) -> Tensor:
-        """The filters of all elements, computed anew only when a weight has changed."""
+    def kept_filters(self) -> Tensor:
+        """The filters of all elements, made anew only when a weight has changed; read only."""
         return self._remembered.of(self.expand, list(self.parts.values()))
 
     def _spaces(self) -> dict[str, Tensor]:

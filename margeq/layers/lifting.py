@@ -91,7 +91,7 @@ class LiftingConv2d(PlanarConv):
             raise DataError(
                 f"LiftingConv2d takes pictures [n, {self.in_channels}, y, x], got {tuple(x.shape)}"
             )
-        y = self.window.convolve(x, self.filters(), self.expanded_bias())
+        y = self.window.convolve(x, self.kept_filters(), self.expanded_bias())
         return y.unflatten(1, (self.out_channels, self.order))
 
 

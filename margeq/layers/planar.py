@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Self
+
 import torch
 from torch import Tensor, nn
 
@@ -61,6 +64,7 @@ class PlanarConv(Expandable):
         filters: str,
     ) -> None:
         super().__init__()
+        self.window = Window(kernel_size, stride, padding, dilation, padding_mode, groups)
         for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
             if not is_count(value) or value % groups:
                 raise ConfigError(
@@ -68,12 +72,23 @@ class PlanarConv(Expandable):
                     f"groups={groups}"
                 )
         self.in_channels, self.out_channels, self.group = in_channels, out_channels, group
-        self.window = Window(kernel_size, stride, padding, dilation, padding_mode, groups)
         self.filter_kind = resolve_filters(filters, group)
-        basis = rotated_basis(group, kernel_size, self.filter_kind)
-        # both follow from the arguments, so they are no state
-        self.basis = nn.Buffer(basis.to(torch.get_default_dtype()), persistent=False)
+        self._exact_basis = rotated_basis(group, kernel_size, self.filter_kind)
+        place = torch.get_default_device(), torch.get_default_dtype()
+        # it follows from the arguments, so it is no state
+        self.basis = nn.Buffer(self._exact_basis.to(*place), persistent=False)
         self._remembered = Remembered()
+        # with assign=True the weight comes from elsewhere
+        self.register_load_state_dict_post_hook(_follow_weights)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.follow_weights()
+        return self
+
+    def follow_weights(self) -> None:
+        """Put what follows from the arguments where the weights are, exact again if it was not."""
+        self.basis = self._exact_basis.to(next(self.parameters()))
 
     @property
     def order(self) -> int:
@@ -101,7 +116,7 @@ class PlanarConv(Expandable):
     def fan_in(self, name: str) -> float:
         """Output variance of unit-variance weights on white inputs: the function scale."""
         copies = self.weight[0].numel() // self.n_functions
-        return copies * float(self.basis.square().sum()) / self.order
+        return copies * float(self._exact_basis.square().sum()) / self.order
 
     @property
     def span_dimension(self) -> int:
@@ -113,7 +128,11 @@ class PlanarConv(Expandable):
         return None if self.bias is None else self.bias.repeat_interleave(self.order)
 
     def filters(self) -> Tensor:
-        """The filters of all elements, computed anew only when the weight has changed."""
+        """The filters of all elements, for callers to keep."""
+        return self.kept_filters().clone()
+
+    def kept_filters(self) -> Tensor:
+        """The filters of all elements, made anew only when the weight has changed; read only."""
         return self._remembered.of(self.expand, [self.weight, self.basis])
 
     def expand(self) -> Tensor:
@@ -140,6 +159,10 @@ class PlanarConv(Expandable):
         blocks = self.window.groups
         grads = grad_y.flatten(4).unflatten(2, (blocks, -1)).permute(0, 1, 4, 5, 2, 3).flatten(2, 3)
         return {"weight": grads, "bias": grads.flatten(3)[:, :, :, None]}
+
+
+def _follow_weights(layer: PlanarConv, incompatible_keys: object) -> None:
+    layer.follow_weights()
 
 
 def resolve_filters(filters: str, group: FiniteGroup) -> str:

@@ -28,8 +28,8 @@ class Remembered:
     def of(self, compute: Callable[[], Tensor], tensors: Sequence[Tensor]) -> Tensor:
         """The result of ``compute()``, which reads nothing but ``tensors``.
 
-        Computed anew where a gradient is wanted, and inside of function transforms, compilation
-        and inference mode.
+        Computed anew where a gradient is wanted, and inside of function transforms, compilation,
+        inference mode and automatic casts.
 
         Returns:
             The result, perhaps one that was returned before.
@@ -58,7 +58,9 @@ def _has_gradient(tensors: Sequence[Tensor]) -> bool:
 def _are_plain(tensors: Sequence[Tensor]) -> bool:
     """Whether tensors have values of their own, outside of function transforms."""
     try:
-        # what inference mode computes can never be used in training
-        return not torch.is_inference_mode_enabled() and all(t.data_ptr() != 0 for t in tensors)
+        # what inference mode computes can never be used in training, casts have another dtype
+        return not torch.is_inference_mode_enabled() and all(
+            t.data_ptr() != 0 and not torch.is_autocast_enabled(t.device.type) for t in tensors
+        )
     except RuntimeError:
         return False

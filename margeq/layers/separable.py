@@ -89,7 +89,9 @@ class SeparableGroupConv2d(Expandable, nn.Sequential):
             "padding_mode": padding_mode, "filters": filters,
         }  # fmt: skip
         make = _KINDS[separability]
-        super().__init__(make(in_channels, out_channels, kernel_size, group, bias, window))
+        factors = make(in_channels, out_channels, kernel_size, group, bias, window)
+        super().__init__(factors)
+        self._factor_names = tuple(factors)
         self.in_channels, self.out_channels, self.group = in_channels, out_channels, group
         self.separability = separability
 
@@ -102,7 +104,7 @@ class SeparableGroupConv2d(Expandable, nn.Sequential):
     @property
     def tied_factors(self) -> tuple[tuple[str, ...], ...]:
         """Weights that are factors of one product; ``"g"`` has them in a module of its own."""
-        names = tuple(f"{name}.weight" for name, _ in self.named_children())
+        names = tuple(f"{name}.weight" for name in self._factor_names)
         return (names,) if len(names) > 1 else ()
 
     def extra_repr(self) -> str:
@@ -230,7 +232,7 @@ class PairSeparableConv2d(PlanarConv):
     def products(self) -> Tensor:
         """The filters that it convolves with, ``[O, |H|, I, |H|, k, k]``."""
         relative = self.weight_w[:, :, self.group.relative.to(self.weight.device)]
-        dense = torch.einsum("ohix,oihg->ohigx", self.filters(), relative)
+        dense = torch.einsum("ohix,oihg->ohigx", self.kept_filters(), relative)
         return dense.unflatten(-1, self.window.kernel_size)
 
     def dense_filters(self) -> Tensor:

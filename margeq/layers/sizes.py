@@ -11,7 +11,7 @@ are none; otherwise the network is not equivariant, however its filters are tied
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -20,23 +20,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from margeq.counts import is_count
 from margeq.curvature.capture import eval_mode
 from margeq.errors import ConfigError, DataError, EquivarianceWarning
 from margeq.groups.action import maps_pixels_to_pixels
 from margeq.groups.finite import FiniteGroup
 from margeq.groups.planar import require_planar
-from margeq.layers.pooling import BatchPolyphaseSubsample, PolyphaseSubsample
-from margeq.layers.window import Window
+from margeq.layers.slides import Slide, has_unknown_window, is_pool, slides_of
 
 __all__ = ["SizeFault", "check_sizes", "require_exact_sizes"]
 
-_FURTHEST = 3
-"""Pixels by which a suggested kernel or padding may differ from the given one."""
+_Found = tuple[str, str, bool]
+"""Reason, remedy, and whether it is certain."""
 
 
 @dataclass(frozen=True)
 class SizeFault:
-    """A layer that breaks the symmetry of a group at the size of the map that it gets.
+    """A layer that breaks the symmetry of a group at the size of the map that it gets, or may.
 
     Attributes:
         layer: its name in the model.
@@ -44,6 +44,7 @@ class SizeFault:
         extents: rows and columns of its input.
         reason: what is wrong.
         remedy: what can be changed, the nearest sizes that work first.
+        judged: False for a module of a type without a rule here, which may be fine or not.
     """
 
     layer: str
@@ -51,6 +52,7 @@ class SizeFault:
     extents: tuple[int, int]
     reason: str
     remedy: str
+    judged: bool = True
 
     def __str__(self) -> str:
         """One sentence on the fault, one on its remedy."""
@@ -66,11 +68,15 @@ def check_sizes(
 
         (N + 2 p - d (k - 1) - 1) mod s = 0   for each axis that the group reverses
 
-    The rule of convolutions, of maximum and average pooling (with ``ceil_mode`` too), inside
-    :class:`PerElement` or not; polyphase subsampling needs even sizes; ``padding="same"`` has to
-    pad both ends equally; and a group that swaps the axes needs the same window along both. Slices
-    such as ``x[..., ::2, ::2]`` are no modules and stay unseen:
-    :func:`margeq.testing.equivariance_error` sees everything.
+    The rule of convolutions and of maximum, average and power-average pooling (with ``ceil_mode``
+    too), of ``torch.nn`` in two or three dimensions and of this package, inside :class:`PerElement`
+    or not. Polyphase subsampling needs even sizes; ``padding="same"`` and padding layers have to
+    pad both ends equally; a group that swaps the axes needs the same window along both; and a
+    window in three dimensions that also slides along the group axis keeps no symmetry but where it
+    pools all elements into one. Other modules with a ``kernel_size`` or a ``padding``, and without
+    parts, cannot be judged: they are listed as faults with ``judged=False``. Functions and slices
+    such as ``x[..., ::2, ::2]`` are no modules, and modules without these two attributes are not
+    asked: :func:`margeq.testing.equivariance_error` sees everything.
 
     One forward of a zero input in evaluation mode; flags and random state are restored.
 
@@ -84,7 +90,7 @@ def check_sizes(
         The faults, in the order in which the layers run; none if all sizes are fine.
 
     Raises:
-        ConfigError: for a group that does not act on the plane.
+        ConfigError: for a group that does not act on the plane, or a shape that is none.
         DataError: for an input that is not square, if the group swaps its axes.
 
     Example:
@@ -98,6 +104,7 @@ def check_sizes(
         []
     """
     symmetry = _Symmetry.of(group)
+    _require_shape(input_shape)
     height, width = input_shape[-2:]
     if symmetry.swaps and height != width:
         raise DataError(f"{group!r} needs square maps, got input_shape={tuple(input_shape)}")
@@ -122,6 +129,8 @@ def require_exact_sizes(
 ) -> None:
     """Refuse, or warn of, a model whose strides break the symmetry at the given size.
 
+    Layers that cannot be judged are never refused, only warned of.
+
     Args:
         model: any network.
         input_shape: of one datum, as in :func:`check_sizes`.
@@ -136,17 +145,23 @@ def require_exact_sizes(
     faults = check_sizes(model, input_shape, group)
     if not faults:
         return
+    broken = any(fault.judged for fault in faults)
     listed = "".join(f"\n- {fault}" for fault in faults)
-    message = f"not equivariant to {group!r} for inputs {tuple(input_shape)}:{listed}"
-    if action == "raise":
+    what = "not equivariant" if broken else "perhaps not equivariant"
+    message = f"{what} to {group!r} for inputs {tuple(input_shape)}:{listed}"
+    if broken and action == "raise":
         raise ConfigError(message)
     warnings.warn(message, EquivarianceWarning, stacklevel=2)
 
 
 @dataclass(frozen=True)
 class _Symmetry:
-    """Axes (0: rows, 1: columns) that some exact element reverses, and whether one swaps them."""
+    """Axes (0: rows, 1: columns) that some exact element reverses, and whether one swaps them.
 
+    ``order`` is that of the group, or 1 if none of its elements but the identity is exact.
+    """
+
+    order: int
     reversed_axes: tuple[int, ...]
     swaps: bool
 
@@ -158,105 +173,61 @@ class _Symmetry:
         # matrices act on (x, y), maps have rows first
         reverses = (matrices == -1).any(1).any(0).flip(0)
         return cls(
-            tuple(reverses.nonzero().flatten().tolist()), bool((matrices[:, 0, 1] != 0).any())
+            group.order if len(exact) > 1 else 1,
+            tuple(reverses.nonzero().flatten().tolist()),
+            bool((matrices[:, 0, 1] != 0).any()),
         )
 
 
-@dataclass(frozen=True)
-class _Slide:
-    """A window along one axis."""
-
-    size: int
-    step: int = 1
-    before: int = 0
-    after: int = 0
-    spacing: int = 1
-
-    def fault(self, extent: int, axis: str) -> tuple[str, str] | None:
-        """Reason and remedy, if it does not cover an axis of a map evenly."""
-        if self.before != self.after:
-            reason = f"pads {self.before} pixels at the start, {self.after} at the end of {axis}"
-            return reason, "use an odd kernel_size, or a padding in pixels"
-        padded = extent + 2 * self.before
-        rest = (padded - self.spacing * (self.size - 1) - 1) % self.step
-        if not rest:
-            return None
-        reason = (
-            f"with stride {self.step} leaves {rest} of {padded} pixels (padding included) over at "
-            f"the end of {axis}"
-        )
-        return reason, self._remedy(extent, rest)
-
-    def _remedy(self, extent: int, rest: int) -> str:
-        below, above = extent - rest, extent + self.step - rest
-        ways = [f"use maps of {f'{below} or {above}' if below > 0 else above} pixels"]
-        half = self.spacing * self.size // 2  # more padding than that is no good idea
-        paddings = _nearest(self.before, lambda d: (rest + 2 * d) % self.step == 0, 0, half)
-        kernels = _nearest(self.size, lambda d: (rest - self.spacing * d) % self.step == 0, 1)
-        for name, values in (("padding", paddings), ("kernel_size", kernels)):
-            ways += [f"{name}={' or '.join(map(str, values))}"] if values else []
-        return ", or ".join(ways)
-
-
-def _nearest(
-    value: int, works: Callable[[int], bool], least: int, most: int | None = None
-) -> list[int]:
-    """The nearest values below and above under whose difference the rule holds."""
-    found = []
-    for sign in (-1, 1):
-        changed = (value + sign * d for d in range(1, _FURTHEST + 1) if works(sign * d))
-        found += [other for other in changed if other >= least and (most is None or other <= most)][
-            :1
-        ]
-    return found
-
-
-def _slides(module: nn.Module) -> tuple[_Slide, _Slide] | None:
-    """The window of a module along rows and along columns, if it has one."""
-    window = getattr(module, "window", None)
-    if isinstance(window, Window):
-        slide = _Slide(window.size, window.step, window.margin, window.margin, window.spacing)
-        return slide, slide
-    if isinstance(module, PolyphaseSubsample | BatchPolyphaseSubsample):
-        return _Slide(2, 2), _Slide(2, 2)  # phases are of one size under the same condition
-    if isinstance(module, nn.Conv2d):
-        left, right, top, bottom = module._reversed_padding_repeated_twice
-        pads = ((top, bottom), (left, right))
-    elif isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
-        pads = [(p, p) for p in _pair(module.padding)]
-    else:
-        return None
-    sizes, steps = _pair(module.kernel_size), _pair(module.stride)
-    spacings = _pair(getattr(module, "dilation", 1))
-    rows, columns = (
-        _Slide(k, s, *p, d) for k, s, p, d in zip(sizes, steps, pads, spacings, strict=True)
-    )
-    return rows, columns
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
-
-
-def _faults(
-    module: nn.Module, extents: tuple[int, int], symmetry: _Symmetry
-) -> Iterator[tuple[str, str]]:
-    """Reasons and remedies."""
-    slides = _slides(module)
+def _faults(module: nn.Module, x: Tensor, symmetry: _Symmetry) -> Iterator[_Found]:
+    """Reasons, remedies, and whether they are certain."""
+    slides = slides_of(module)
     if slides is None:
+        if symmetry.order > 1 and has_unknown_window(module):
+            remedy = "measure it with margeq.testing.equivariance_error"
+            yield "cannot be judged, there is no rule for its type", remedy, False
         return
-    if symmetry.swaps and slides[0] != slides[1]:
+    if len(slides) == 3 and x.ndim == 5 and x.shape[2] == symmetry.order > 1:
+        yield from _group_axis_faults(module, slides[0], symmetry.order)
+    for reason, remedy in _plane_faults(slides[-2], slides[-1], x.shape[-2:], symmetry):
+        yield reason, remedy, True
+
+
+def _group_axis_faults(module: nn.Module, slide: Slide, order: int) -> Iterator[_Found]:
+    pools_all = is_pool(module) and slide == Slide(order, slide.step)
+    if pools_all or slide == Slide(1, spacing=slide.spacing):
+        return
+    reason = (
+        f"mixes elements: its window of {slide.size} (stride {slide.step}, padding "
+        f"{slide.before} and {slide.after}) slides along the group axis"
+    )
+    yield reason, f"use 1, 1 and 0 along that axis, or pool all {order} elements into one", True
+
+
+def _plane_faults(
+    rows: Slide, columns: Slide, extents: tuple[int, ...], symmetry: _Symmetry
+) -> Iterator[tuple[str, str]]:
+    if symmetry.swaps and rows != columns:
         yield "has another window along rows than along columns", "use the same for both"
         return
     if symmetry.swaps:  # maps are square
-        cases = [(slides[0], extents[0], "rows and columns")] if symmetry.reversed_axes else []
+        cases = [(rows, extents[0], "rows and columns")] if symmetry.reversed_axes else []
     else:
-        names = ("columns", "rows")  # the first axis runs down the columns
-        cases = [(slides[a], extents[a], names[a]) for a in symmetry.reversed_axes]
+        # the first axis runs down the columns
+        both = ((rows, extents[0], "columns"), (columns, extents[1], "rows"))
+        cases = [both[a] for a in symmetry.reversed_axes]
     for slide, extent, axis in cases:
         fault = slide.fault(extent, axis)
         if fault is not None:
             yield fault
+
+
+def _require_shape(input_shape: object) -> None:
+    shape = input_shape if isinstance(input_shape, Sequence) else ()
+    if len(shape) not in (3, 4) or not all(map(is_count, shape)):
+        raise ConfigError(
+            f"input_shape={input_shape!r}: use the shape of one datum, (c, y, x) or (c, g, y, x)"
+        )
 
 
 @contextmanager
@@ -268,8 +239,8 @@ def _watched(model: nn.Module, symmetry: _Symmetry, faults: list[SizeFault]) -> 
             if args and isinstance(args[0], Tensor) and args[0].ndim >= 4:
                 height, width = args[0].shape[-2:]
                 kind = type(module).__name__
-                for reason, remedy in _faults(module, (height, width), symmetry):
-                    faults.append(SizeFault(name, kind, (height, width), reason, remedy))
+                for found in _faults(module, args[0], symmetry):
+                    faults.append(SizeFault(name, kind, (height, width), *found))
 
         return hook
 

@@ -175,7 +175,7 @@ class SparseGroupConv2d(GroupConv2d):
         turned = base[..., self._gather_index()].transpose(1, 2).flatten(2, 3).flatten(0, 1)
         return turned.unflatten(-1, self.window.kernel_size)
 
-    def filters(self) -> Tensor:
+    def kept_filters(self) -> Tensor:
         """The filters of all elements, which lengthscales change as well as the weight."""
         return self.expand()
 

@@ -56,6 +56,9 @@ class Window:
                 )
         elif not is_count(self.padding, least=0):
             raise ConfigError(f"padding={self.padding!r}: use a whole number, or 'same'")
+        for name in ("size", "step", "padding", "spacing", "groups"):  # numpy's integers are others
+            value = getattr(self, name)
+            object.__setattr__(self, name, value if isinstance(value, str) else int(value))
 
     @property
     def margin(self) -> int:

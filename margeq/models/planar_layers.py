@@ -13,6 +13,7 @@ from torch import nn
 from margeq.counts import is_count
 from margeq.errors import ConfigError
 from margeq.groups import Z2, FiniteGroup
+from margeq.groups.finite import require_group
 from margeq.layers import (
     GroupConv2d,
     GroupPool,
@@ -145,16 +146,6 @@ class PlanarLayers:
     def group_pool(self, reduction: Literal["max", "mean"]) -> nn.Module:
         """From maps of the group to ordinary ones."""
         return nn.Identity() if self.is_plain else GroupPool(self.group, reduction)
-
-
-def require_group(group: object) -> None:
-    """Refuse what is no group.
-
-    Raises:
-        ConfigError: with an example of one.
-    """
-    if not isinstance(group, FiniteGroup):
-        raise ConfigError(f"group={group!r}: use one of margeq.groups, such as P4")
 
 
 def require_counts(**counts: object) -> None:

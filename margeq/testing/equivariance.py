@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from margeq.counts import is_count
 from margeq.errors import ConfigError, DataError
-from margeq.groups.action import Interpolation, Kind, disk, maps_pixels_to_pixels
+from margeq.groups.action import Interpolation, Kind, disk, is_shift, maps_pixels_to_pixels
 from margeq.groups.finite import FiniteGroup
+from margeq.groups.planar import require_planar
 from margeq.testing.motion import Key, Motion, Probe
 
 __all__ = ["EquivarianceError", "EquivarianceReport", "equivariance_error"]
@@ -87,9 +88,10 @@ def equivariance_error(
     has a standard error; an error below about three of them is none.
 
     The network runs in its present mode, without gradients; its buffers and the random state are
-    left as they were. The error of an inner layer is that of all layers up to it; outputs whose
-    shape says nothing about the group are left out, and those with merged channels count as maps
-    or pictures, whichever fits better.
+    left as they were. Outputs that are all zero have an error of 0: a network that returns the same
+    whatever it gets cannot be told from an equivariant one. The error of an inner layer is that of
+    all layers up to it; outputs whose shape says nothing about the group are left out, and those
+    with merged channels count as maps or pictures, whichever fits better.
 
     Args:
         model: maps a batch to a tensor.
@@ -110,8 +112,8 @@ def equivariance_error(
         Errors per element, and per layer if asked, for both kinds of elements.
 
     Raises:
-        ConfigError: for an argument out of range, a mode without elements, shifts together with
-            draws, or a random network without draws.
+        ConfigError: for a group that does not act on the plane, an argument out of range, a mode
+            without elements, shifts together with draws, or a random network without draws.
         DataError: for an input or output that the group does not act on.
 
     Example:
@@ -130,6 +132,7 @@ def equivariance_error(
     """
     if not 0.0 < share <= 1.0:
         raise ConfigError(f"share={share!r}: use more than 0 and at most 1")
+    require_planar(group)
     exact, approximate = _elements(group, mode)
     moves, kind = _moves(shifts, n_draws), _kind_of_input(x, group)
     extents = (x.shape[-2], x.shape[-1])
@@ -195,6 +198,8 @@ def _moves(shifts: bool | Sequence[tuple[int, int]], n_draws: int) -> Sequence[t
         )
     if isinstance(shifts, bool):
         return _SHIFTS if shifts else _SHIFTS[:1]
+    if not isinstance(shifts, Sequence) or not all(map(is_shift, shifts)):
+        raise ConfigError(f"shifts={shifts!r}: use pairs of whole numbers, [(rows, columns), ...]")
     return (*_SHIFTS[:1], *shifts)
 
 

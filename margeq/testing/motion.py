@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from margeq.errors import ConfigError, DataError
 from margeq.groups.action import Interpolation, Kind, act, disk
@@ -94,10 +93,9 @@ class Probe:
 
     def _outputs(self, x: Tensor) -> Outputs:
         found: Outputs = {}
-        # copies, as normalisation in training mode counts its batches in buffers
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        with _recorded(self.model, found) if self.per_layer else nullcontext():
-            y = functional_call(self.model, buffers, (x,))
+        recorded = _recorded(self.model, found) if self.per_layer else nullcontext()
+        with _copied_buffers(self.model), recorded:
+            y = self.model(x)
         if not isinstance(y, Tensor) or not bool(y.isfinite().all()):
             what = "values that are not finite" if isinstance(y, Tensor) else type(y).__name__
             raise DataError(f"{type(self.model).__name__} returned {what}; expected one tensor")
@@ -189,13 +187,32 @@ class _Tally:
 
 
 def _norm(values: Tensor | float) -> float:
-    return float(torch.as_tensor(values).norm())
+    return float(values.norm()) if isinstance(values, Tensor) else abs(values)
 
 
 def _ratio(value: float, size: float) -> float:
     if value == 0.0:
         return 0.0
     return value / size if size > 0.0 else math.inf
+
+
+@contextmanager
+def _copied_buffers(model: nn.Module) -> Iterator[None]:
+    """Run on copies of the buffers: normalisation in training mode counts its batches in them."""
+    # modules, and buffers, may have several names, and then need one copy
+    own = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+    ]
+    copies = {id(buffer): buffer.clone() for _, _, buffer in own}
+    try:
+        for module, name, buffer in own:
+            setattr(module, name, copies[id(buffer)])
+        yield
+    finally:
+        for module, name, buffer in own:
+            setattr(module, name, buffer)
 
 
 @contextmanager

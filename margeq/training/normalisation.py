@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 
 from margeq.batches import map_tensors
 from margeq.curvature.capture import forward
+from margeq.paths import path_sums
 from margeq.training.function_scale import FunctionScale
 
 __all__ = ["HeldNorms", "scale_invariant_units"]
@@ -27,28 +29,42 @@ _FACTOR = 1.5
 class HeldNorms:
     """Holds the joint norm of each scale-invariant unit at function scale.
 
+    Units are those of the paths that are on: a path alone is held as in a model of its own.
+
     Args:
-        units: groups of tensor names that the loss cannot tell from a common multiple.
-        weights: the tensors by name.
+        model: in the mode of training, or not.
+        weights: its tensors by name.
         scale: function scale, which sets the norm ``sqrt(sum numel / delta_0)``.
+        inputs: of one batch, to find the units on.
+
+    Attributes:
+        units: groups of tensor names that the loss cannot tell from a common multiple.
     """
 
     def __init__(
         self,
-        units: Sequence[tuple[str, ...]],
+        model: nn.Module,
         weights: Mapping[str, nn.Parameter],
         scale: FunctionScale,
+        inputs: Any,
     ) -> None:
-        self._units = [[weights[name] for name in unit] for unit in units]
-        self._targets = [
-            sum(weights[name].numel() / scale.precision[name] for name in unit) ** 0.5
-            for unit in units
-        ]
+        self._model, self._weights, self._scale, self._inputs = model, weights, scale, inputs
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Find the units again, after paths were switched, and give them their norms."""
+        self.units = tuple(
+            scale_invariant_units(self._model, self._weights, self._scale, self._inputs)
+        )
+        self.project()
 
     @torch.no_grad()
     def project(self) -> None:
         """Rescale every unit to its norm; a unit of zeros stays as it is."""
-        for unit, target in zip(self._units, self._targets, strict=True):
+        for names in self.units:
+            unit = [self._weights[name] for name in names]
+            numbers = zip(unit, (self._scale.precision[name] for name in names), strict=True)
+            target = sum(weight.numel() / precision for weight, precision in numbers) ** 0.5
             norm = torch.stack([weight.square().sum() for weight in unit]).sum().sqrt()
             factor = torch.where(norm > 0, target / norm.clamp_min(1e-30), 1.0)
             for weight in unit:
@@ -60,14 +76,15 @@ def scale_invariant_units(
 ) -> list[tuple[str, ...]]:
     """Find tensors, modules and whole path sums whose common scale the training output ignores.
 
-    A functional test on a few rows in the mode that training uses; random state and buffers are
-    left unchanged.
+    A functional test on a few rows in the mode that training uses, at weights of its own: at
+    others, such as biases of zero, more than the structure of the network decides what matters.
+    Paths that are off have no part in it. Weights, random state and buffers are left unchanged.
 
     Returns:
         Groups of tensor names.
     """
     rows = map_tensors(lambda t: t[:_PROBE_ROWS], inputs)
-    with _undisturbed(model), torch.no_grad():
+    with torch.no_grad(), _undisturbed(model), _generic(weights, scale):
         reference = _output(model, rows)
         singles = [
             (name,)
@@ -75,8 +92,8 @@ def scale_invariant_units(
             if not scale.is_bias[name] and _ignores_scale(model, rows, reference, [weights[name]])
         ]
         sums = [
-            tuple(name for names in outputs.values() for name in names)
-            for outputs in scale.path_outputs.values()
+            tuple(name for path in sum_.active for name in scale.path_outputs[layer][path])
+            for layer, sum_ in path_sums(model).items()
         ]
         found: list[tuple[str, ...]] = list(singles)
         # a bias that the norm does not shift away scales with its weight, a path with its sum
@@ -124,6 +141,21 @@ def _change_under(
 def _output(model: nn.Module, rows: Any) -> Tensor:
     torch.manual_seed(0)  # the same dropout masks each time; the caller's state is forked
     return forward(model, rows)
+
+
+@contextmanager
+def _generic(weights: Mapping[str, nn.Parameter], scale: FunctionScale) -> Iterator[None]:
+    """Weights at function scale, away from zero, seeded by name: the same in any larger model."""
+    saved = {name: weight.clone() for name, weight in weights.items()}
+    try:
+        for name, weight in weights.items():
+            generator = torch.Generator().manual_seed(crc32(name.encode()))
+            draw = 2 * torch.rand(weight.shape, generator=generator, dtype=torch.float64) - 1
+            weight.copy_((draw + draw.sign() / 2) / scale.precision[name] ** 0.5)
+        yield
+    finally:
+        for name, weight in weights.items():
+            weight.copy_(saved[name])
 
 
 @contextmanager

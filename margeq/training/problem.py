@@ -23,7 +23,6 @@ from margeq.paths import all_paths_on
 from margeq.priors import GaussianPrior
 from margeq.training.function_scale import FunctionScale, function_scale
 from margeq.training.network import require_finite, require_influence
-from margeq.training.normalisation import scale_invariant_units
 
 __all__ = ["Problem", "Schedule", "first_look"]
 
@@ -70,7 +69,7 @@ class Problem:
     prior: GaussianPrior
     function_scale_prior: bool
     scale: FunctionScale
-    invariant_units: list[tuple[str, ...]]
+    first_inputs: Any
     options: KfacOptions
     schedule: Schedule
     n_data: int
@@ -109,7 +108,6 @@ def first_look(
         check_rules(model, weights, first.inputs)
         require_influence(model, hyperparameters, first.inputs)
         scale = function_scale(model, weights, first.inputs)
-        units = scale_invariant_units(model, weights, scale, first.inputs)
     by_function = isinstance(prior_prec_init, str)
     if by_function and prior_prec_init != "function-scale":
         raise ConfigError(f"prior_prec_init={prior_prec_init!r}: use 'function-scale' or numbers")
@@ -129,7 +127,7 @@ def first_look(
         model, weights, parameters, train_loader,
         train_loader if marglik_loader is None else marglik_loader,
         batch_fn, likelihood, built, by_function, scale,
-        units,
+        first.inputs,
         options, schedule, n_data, seed, _cache(model, hyperparameters), hyperparameters,
     )  # fmt: skip
 

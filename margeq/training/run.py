@@ -59,6 +59,7 @@ class Outcome:
         spectrum: eigenvalues at the best state.
         history: of the whole run.
         hyperparameters: values of the hyperparameters inside the network.
+        held_norms: scale-invariant tensors whose norm was held.
         error: why the run failed, or ``None``.
     """
 
@@ -71,6 +72,7 @@ class Outcome:
     spectrum: Spectrum | None
     history: History
     hyperparameters: dict[str, Tensor]
+    held_norms: tuple[tuple[str, ...], ...]
     error: Exception | None = None
 
 
@@ -110,8 +112,7 @@ class _Run:
             function_scale_prior=problem.function_scale_prior,
             seed=problem.seed,
         )
-        self._norms = HeldNorms(problem.invariant_units, weights, problem.scale)
-        self._norms.project()
+        self._norms = HeldNorms(model, weights, problem.scale, problem.first_inputs)
         trainable = [p for p in model.parameters() if p.requires_grad]
         optimizer = build_optimizer(plan.optimizer_cls, trainable, plan.optimizer_kwargs)
         self._steps = ProximalSteps(optimizer, weights, problem.n_data)
@@ -271,6 +272,7 @@ class _Run:
             spectrum=spectrum,
             history=self._history,
             hyperparameters=self._hyperparameters(),
+            held_norms=self._norms.units,
         )
 
     def _hyperparameters(self) -> dict[str, Tensor]:
@@ -297,6 +299,8 @@ class _Run:
             seed = self._p.seed + epoch
             draw_path(self._p.weights, names, self._prior, self._p.scale, relaxed, seed)
             self._steps.forget(set(names))
+        if off or probe:
+            self._norms.refresh()
         for kind, changes in (("off", off), ("probe", probe)):
             for layer, path in changes:
                 record = {"epoch": epoch, "layer": layer, "path": path, "to": kind}
@@ -312,8 +316,10 @@ class _Run:
     def failure(self, error: CurvatureError) -> Outcome:
         """What is left of a run that failed numerically."""
         name = self._start.name
-        prior, likelihood = self._prior, self._likelihood
-        return Outcome(name, -math.inf, 0, {}, prior, likelihood, None, self._history, {}, error)
+        prior, likelihood, units = self._prior, self._likelihood, self._norms.units
+        return Outcome(
+            name, -math.inf, 0, {}, prior, likelihood, None, self._history, {}, units, error
+        )
 
     def outcome(self) -> Outcome:
         """The best state, with its hyperparameters converged on its own curvature."""
