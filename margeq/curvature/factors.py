@@ -275,13 +275,9 @@ def _term(name: str, rows: InputRows, places: bool, frames: bool) -> InputTerm:
 
 
 def _evened(values: Tensor, rows: InputRows, *, reduced: bool) -> Tensor:
-    """Rows such that frames of unequal weights ``w`` count as they do in the products.
-
-        sum_h w_h^2 aa^T (x) gg^T ~ (sum_h w_h aa^T) (x) (sum_h w_h gg^T) sum_h w_h^2 / (sum_h w_h)^2
-
-    of means over frames ``sum_h w_h a / sum_h w_h``; both for rows that carry ``sqrt(w_h)``, and
-    divided by the number of frames, as is usual where all weigh the same.
-    """
+    # sum_h w^2 aa^T (x) gg^T ~ (sum_h w aa^T) (x) (sum_h w gg^T) (sum_h w^2) / (sum_h w)^2, and a
+    # mean over frames is sum_h w a / sum_h w. Rows carry sqrt(w), and whatever comes of them is
+    # divided by the number of frames, which is right where all weigh the same.
     weights = rows.frame_weights
     if weights is None:
         return values

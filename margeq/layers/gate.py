@@ -22,6 +22,9 @@ TrainedBy = Literal["evidence", "loss"]
 GateScale = Literal["variance", "mean"]
 _SCALES = ("variance", "mean")
 
+_LEAST = 1e-14
+"""Stands in for a zero whose derivative is wanted: a ReLU, or a root, has none at zero itself."""
+
 
 @dataclass(frozen=True)
 class LearnedSubset:
@@ -188,20 +191,28 @@ class GroupGate(nn.Module):
             self._pinned = None
 
     @torch.no_grad()
-    def _touched(self) -> Tensor:
-        """Elements that count, or would as soon as a parameter moved inwards, ``[|H|]``."""
+    def touched(self) -> Tensor:
+        """Indices of elements that count, or would as soon as a parameter moved inwards."""
         rotations = Interval(self.width).touches(self.n_rotations)
-        return torch.cat([rotations, rotations]) if self.has_mirror else rotations
+        both = torch.cat([rotations, rotations]) if self.has_mirror else rotations
+        return both.nonzero().flatten()
 
     def live(self) -> Tensor:
-        """Indices of the elements that have to be computed: those that count, the identity first.
+        """Indices of the elements that have to be computed.
 
-        Where a gradient in the gate is wanted, also those at its edge, whose weight is zero but not
-        its derivative.
+        Returns:
+            Those that count, the identity first; where a gradient in the gate is wanted, all that
+            are touched: at its edge a weight is zero, but not its derivative.
         """
         factors = self.factors()
-        wanted = torch.is_grad_enabled() and factors.requires_grad
-        return (self._touched() if wanted else factors.detach() > 0).nonzero().flatten()
+        if torch.is_grad_enabled() and factors.requires_grad:
+            return self.touched()
+        return (factors.detach() > 0).nonzero().flatten()
+
+    def live_factors(self, live: Tensor) -> Tensor:
+        """Factors of live elements, at least 1e-14."""
+        factors = self.factors()[live]
+        return factors + _LEAST * (factors.detach() == 0)
 
     def spread(self, maps: Tensor, live: Tensor) -> Tensor:
         """Maps of live elements, weighted, among zeros.
@@ -213,7 +224,8 @@ class GroupGate(nn.Module):
         Returns:
             ``[n, c, |H|, *space]``.
         """
-        weighted = maps * _along(self.factors()[live].to(maps), maps)
+        factors = self.live_factors(live).to(maps)
+        weighted = maps * factors.reshape(-1, *[1] * (maps.ndim - 3))
         if len(live) == self.group.order:
             return weighted
         shape = (*maps.shape[:2], self.group.order, *maps.shape[3:])
@@ -226,7 +238,9 @@ class GroupGate(nn.Module):
                 f"GroupGate takes maps [n, c, {self.group.order}, ...] on {self.group!r}, got "
                 f"{tuple(x.shape)}"
             )
-        return x * _along(self.factors().to(x), x)
+        live = self.live()
+        some = len(live) < self.group.order
+        return self.spread(x.index_select(2, live.to(x.device)) if some else x, live)
 
     @torch.no_grad()
     def learned_subset(self) -> LearnedSubset:
@@ -264,8 +278,3 @@ def _raw(name: str, share: float, low: float) -> nn.Parameter:
     if not (isinstance(share, int | float) and math.isfinite(share) and low <= share <= 1.0):
         raise ConfigError(f"GroupGate: {name}={share!r} must lie between {low:.4g} and 1")
     return nn.Parameter(torch.tensor(from_share(share, low)))
-
-
-def _along(factors: Tensor, maps: Tensor) -> Tensor:
-    """Factors of the elements, to multiply maps with."""
-    return factors.reshape(-1, *[1] * (maps.ndim - 3))

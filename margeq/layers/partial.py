@@ -27,9 +27,6 @@ from margeq.layers.window import PaddingMode
 
 __all__ = ["PartialGroupConv2d", "PartialLiftingConv2d"]
 
-_LEAST = 1e-14
-"""Added to weights of frames, whose roots have no derivative at zero."""
-
 
 class PartialLiftingConv2d(LiftingConv2d):
     """Lifting convolution with a gate on its output elements.
@@ -275,9 +272,10 @@ def _gated(
 def _live_rows(
     layer: PartialLiftingConv2d | PartialGroupConv2d, x: Tensor, found: InputRows
 ) -> Mapping[str, InputRows]:
-    """Rows of the live frames alone, of which each counts by its weight."""
-    live = layer.gate.live().to(x.device)
-    weights = layer.gate.factors()[live].to(x) + _LEAST
+    """Rows of some frames alone, of which each counts by its weight."""
+    # passes that want gradients and passes that do not have to see the same frames
+    live = layer.gate.touched().to(x.device)
+    weights = layer.gate.live_factors(live).to(x)
     assert found.frames is not None
     frames = _some(found.frames, live)
     by_frame = frames.apply(found.rows).unflatten(1, (len(live), -1))
@@ -319,11 +317,11 @@ def _group_inputs(
 def _output_grads(
     layer: PartialLiftingConv2d | PartialGroupConv2d, x: Tensor, grad_y: Tensor
 ) -> Mapping[str, Tensor]:
-    live = layer.gate.live().to(grad_y.device)
-    weights = layer.gate.factors()[live].to(grad_y)[:, None, None]
+    live = layer.gate.touched().to(grad_y.device)
+    weights = layer.gate.live_factors(live).to(grad_y)[:, None, None]
     grads = grad_y.index_select(3, live)
     return {
-        "weight": layer.output_grads(grads * (weights + _LEAST).sqrt())["weight"],
+        "weight": layer.output_grads(grads * weights.sqrt())["weight"],
         "bias": layer.output_grads(grads * weights)["bias"],
     }
 
