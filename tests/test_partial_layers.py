@@ -7,18 +7,12 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
 
-from margeq.accumulation import accumulate
-from margeq.curvature.options import KfacOptions
 from margeq.errors import ConfigError, DataError
-from margeq.group_distributions import share_between
 from margeq.groups import P2, P4, P4M, PM, Z2, C, D, S
-from margeq.laplace import log_marginal_likelihood
 from margeq.layers import (
     GroupConv2d,
     GroupGate,
-    GroupPool,
     LiftingConv2d,
     MergeGroup,
     PartialGroupConv2d,
@@ -26,18 +20,12 @@ from margeq.layers import (
     expand_to,
     to_conv2d,
 )
-from margeq.likelihoods import Categorical
 from margeq.parameters import named_hyperparameters, named_weights
-from margeq.priors import GaussianPrior
 from margeq.testing import equivariance_error
-from tests.network_problems import by_double_backward, problem
-from tests.oracles import F64, Lambda, net
+from tests.oracles import F64
+from tests.partial_networks import close, gated_layers, network, plain_network
 
 EXACT_GROUPS = (Z2, P2, P4, PM, D(2), P4M)
-
-
-def close(found, expected, tol=1e-12):
-    torch.testing.assert_close(found, expected, rtol=tol, atol=tol)
 
 
 def narrowest(group):
@@ -46,28 +34,6 @@ def narrowest(group):
 
 def maps(group, channels, n=3):
     return torch.randn(n, channels, group.order, 5, 5, dtype=F64)
-
-
-def gated_layers(group, channels, **options):
-    """Three of them, each of which knows the gate before it."""
-    first = PartialLiftingConv2d(1, channels, 3, group=group, padding=1, **options)
-    layers = [first, nn.ReLU()]
-    for _ in range(2):
-        before = layers[-2].gate
-        options = {k: v for k, v in options.items() if k != "gate"} | {"input_gate": before}
-        layers += [PartialGroupConv2d(channels, channels, 3, group=group, padding=1, **options)]
-        layers += [nn.ReLU()]
-    return layers
-
-
-def network(group, channels=4, head=3, **options):
-    end = [
-        GroupPool(group, "mean"),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(channels, head),
-    ]
-    return net(*gated_layers(group, channels, **options), *end)
 
 
 # --- both limits
@@ -88,22 +54,6 @@ def test_at_full_width_it_is_the_group_convolution_and_equivariant(group, scale)
     assert torch.equal(GroupGate(group, 1.0, 1.0, scale=scale)(features), features)
 
 
-def plain_network(gated, group):
-    """Ordinary convolutions with the filters of the identity, as a gate of it scales them."""
-    scale = group.order**0.5
-    layers = []
-    for layer in (gated[0], gated[2], gated[4]):
-        conv = nn.Conv2d(layer.in_channels, layer.out_channels, 3, padding=1, dtype=F64)
-        filters = layer.weight if isinstance(layer, LiftingConv2d) else layer.weight[:, :, 0]
-        conv.weight = nn.Parameter(filters.detach().reshape(conv.weight.shape).clone())
-        conv.bias = nn.Parameter(layer.bias.detach().clone())
-        layers += [conv, Lambda(lambda y: y * scale), nn.ReLU()]
-    mean = Lambda(lambda y: y.mean((-2, -1)) / group.order)
-    head = nn.Linear(*gated[-1].weight.T.shape).double()
-    head.load_state_dict(gated[-1].state_dict())
-    return nn.Sequential(*layers, mean, head).double()
-
-
 @pytest.mark.parametrize("group", EXACT_GROUPS, ids=repr)
 def test_at_the_smallest_width_it_is_a_plain_convolution(group):
     model, x = network(group, **narrowest(group)), torch.randn(2, 1, 6, 6, dtype=F64)
@@ -116,12 +66,12 @@ def test_at_the_smallest_width_it_is_a_plain_convolution(group):
 
 
 def test_the_error_grows_as_the_width_shrinks():
-    x = torch.randn(8, 1, 6, 6, dtype=F64)
-    for group in (P4, P4M):
+    x = torch.randn(4, 1, 6, 6, dtype=F64)
+    for group, n_seeds in ((P4, 4), (P4M, 2)):
         means = []
         for width in (1.0, 0.9, 0.75, 0.5, 0.25):
             errors = []
-            for seed in range(4):
+            for seed in range(n_seeds):
                 torch.manual_seed(seed)
                 model = network(group, 8, width=width, mirror=width)[:-1]
                 errors.append(equivariance_error(model, group, x).exact.max)
@@ -179,7 +129,7 @@ def test_factors_keep_the_scale_of_the_next_sum(group, scale):
         factors = gate.factors().detach()
         power = 2 if scale == "variance" else 1
         assert float(factors.pow(power).mean()) == pytest.approx(1.0)
-        share = float(gate.weights().mean())
+        share = float(gate.weights().detach().mean())
         both = (1 + mirror) / 2 if gate.has_mirror else 1.0
         assert share == pytest.approx(width * both, abs=1e-7)
 
@@ -203,113 +153,6 @@ def test_the_evidence_owns_the_gate_unless_the_loss_is_asked_for():
         assert (len(named_weights(layer)) == 2) == (trained_by == "evidence")
         layer(torch.randn(1, 1, 3, 3)).square().sum().backward()
         assert layer.gate.raw_width.grad is not None
-
-
-def assert_same_gradients(found, expected):
-    assert found.keys() == expected.keys()
-    for name, grad in found.items():
-        close(grad, expected[name], 1e-9)
-
-
-@pytest.mark.parametrize("options", [{}, {"scale": "mean"}, {"kfac_approx": "reduce"}])
-@pytest.mark.parametrize("group", [P4, D(2)], ids=repr)
-def test_evidence_gradient_is_that_of_double_back_propagation(group, options):
-    options = dict(options)
-    how = KfacOptions(kfac_approx=options.pop("kfac_approx", "expand"))
-    model = network(group, 2, width=0.6, mirror=0.3, **options)
-    p = problem(model, 9, 1, 5, 5, options=how)
-    assert len(p.hyper) == 3 * (1 + ("mirror" in repr(model[0].gate)))
-    found = p.gradient()
-    assert_same_gradients(found, by_double_backward(p))
-    for name, tensor in p.hyper.items():
-        kept = tensor.detach().clone()
-        values = []
-        for step in (1e-5, -1e-5):
-            tensor.data = kept + step
-            values.append(p.value())
-        tensor.data = kept
-        rise = (values[0] - values[1]) / 2e-5
-        assert float(found[name]) == pytest.approx(rise, rel=1e-5, abs=1e-7)
-
-
-@pytest.mark.parametrize("width", [1.0, 0.25])
-def test_at_the_ends_only_gradients_that_lead_inside_count(width):
-    inwards = -1.0 if width == 1.0 else 1.0
-    passed = []
-    for seed in range(6):
-        torch.manual_seed(seed)
-        gate = GroupGate(P4, width)
-        model = network(P4, 2, gate=gate)
-        p = problem(model, 9, 1, 5, 5)
-        name = "0.gate.raw_width"
-        raw = p.hyper[name]
-        slope = 0.75 * 1.2 * raw.sigmoid() * (1 - raw.sigmoid())
-        at_end, kept = p.value(), raw.detach().clone()
-        found = float(p.gradient()[name])
-        raw.data = raw_at(width + 1e-6 * inwards)
-        rise = (p.value() - at_end) / 1e-6  # along the way inside
-        raw.data = kept
-        expected = max(rise, 0.0) * inwards * float(slope)
-        assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
-        passed.append(found != 0.0)
-    assert len(set(passed)) == 2  # both cases were met
-
-
-def raw_at(width):
-    """Where :func:`share_between` gives this width."""
-    target = ((width - 0.25) / 0.75 + 0.1) / 1.2
-    raw = torch.logit(torch.tensor(target, dtype=F64))
-    assert float(share_between(raw, 0.25, ascend=True)) == pytest.approx(width, abs=1e-12)
-    return raw
-
-
-# --- curvature
-
-
-def state_of(model, x, **options):
-    batch = [(x, torch.arange(len(x)) % 3)]
-    return accumulate(model, batch, "classification", **options)
-
-
-@pytest.mark.parametrize("options", [{}, {"kfac_approx": "reduce"}, {"curvature": "ekfac"}])
-def test_at_the_smallest_width_the_evidence_is_that_of_plain_convolutions(options):
-    torch.manual_seed(0)
-    model = network(P4, 2, width=0.25)
-    with torch.no_grad():  # filters between other elements have no curvature, but a prior
-        for layer in (model[2], model[4]):
-            layer.weight[:, :, 1:] = 0.0
-    plain, x = plain_network(model, P4), torch.randn(7, 1, 5, 5, dtype=F64)
-    values = []
-    for m in (model, plain):
-        state = state_of(m, x, **options)
-        values.append(log_marginal_likelihood(state, GaussianPrior(m, "layerwise"), Categorical()))
-    close(values[0], values[1], 1e-11)
-
-
-def test_the_evidence_has_no_steps():
-    torch.manual_seed(0)
-    gate = GroupGate(P4M, 0.75, 0.0)
-    model, x = network(P4M, 2, gate=gate), torch.randn(5, 1, 5, 5, dtype=F64)
-    for kfac_approx in ("expand", "reduce"):
-        values = []
-        for width in (0.75 - 1e-8, 0.75 + 1e-8):
-            gate.raw_width.data = raw_at(width)
-            state = state_of(model, x, kfac_approx=kfac_approx)
-            prior = GaussianPrior(model, "layerwise")
-            values.append(float(log_marginal_likelihood(state, prior, Categorical())))
-        assert values[0] == pytest.approx(values[1], abs=1e-5)
-
-
-def test_a_shared_gate_is_one_hyperparameter():
-    gate = GroupGate(P4, 0.6)
-    model = network(P4, 2, gate=gate)
-    layers = [model[0], PartialGroupConv2d(2, 2, 3, group=P4, gate=gate, input_gate=gate).double()]
-    shared = nn.Sequential(*layers, *model[-4:])
-    assert set(named_hyperparameters(shared)) == {"0.gate.raw_width"}
-    copied = copy.deepcopy(shared)
-    assert copied[1].gate is copied[1].input_gate is copied[0].gate is not gate
-    p = problem(shared, 9, 1, 5, 5)
-    assert_same_gradients(p.gradient(), by_double_backward(p))
 
 
 # --- reports, export, errors

@@ -63,7 +63,7 @@ class PartialLiftingConv2d(LiftingConv2d):
     Example:
         >>> from margeq.groups import P4
         >>> layer = PartialLiftingConv2d(1, 2, 3, group=P4, width=0.25)
-        >>> layer(torch.ones(1, 1, 3, 3))[0, 0, :, 0, 0] != 0
+        >>> layer(torch.ones(1, 1, 3, 3))[0, 0, :, 0, 0].abs() > 1e-9
         tensor([ True, False, False, False])
     """
 
