@@ -66,18 +66,17 @@ def test_at_the_smallest_width_it_is_a_plain_convolution(group):
 
 
 def test_the_error_grows_as_the_width_shrinks():
-    x = torch.randn(4, 1, 6, 6, dtype=F64)
-    for group, n_seeds in ((P4, 4), (P4M, 2)):
-        means = []
-        for width in (1.0, 0.9, 0.75, 0.5, 0.25):
-            errors = []
-            for seed in range(n_seeds):
-                torch.manual_seed(seed)
-                model = network(group, 8, width=width, mirror=width)[:-1]
-                errors.append(equivariance_error(model, group, x).exact.max)
-            means.append(sum(errors) / len(errors))
-        assert means[0] < 1e-12 < 0.005 < means[1]
-        assert means == sorted(means), means
+    torch.manual_seed(0)
+    x, means = torch.randn(4, 1, 6, 6, dtype=F64), []
+    for width in (1.0, 0.9, 0.75, 0.5, 0.25):
+        errors = []
+        for seed in range(8):
+            torch.manual_seed(seed)
+            model = network(P4, 8, width=width)[:-1]
+            errors.append(equivariance_error(model, P4, x).exact.max)
+        means.append(sum(errors) / len(errors))
+    assert means[0] < 1e-12 < 0.01 < means[1]
+    assert means == sorted(means), means
 
 
 def test_evaluation_is_deterministic():
