@@ -39,6 +39,7 @@ def test_evidence_gradient_is_that_of_double_back_propagation(group, options):
     p = problem(model, 9, 1, 5, 5, options=how)
     assert len(p.hyper) == 3 * (1 + ("mirror" in repr(model[0].gate)))
     found = p.gradient()
+    assert max(abs(float(grad)) for grad in found.values()) > 1e-3
     assert_same_gradients(found, by_double_backward(p))
     for name, tensor in p.hyper.items():
         kept = tensor.detach().clone()
@@ -92,23 +93,25 @@ def state_of(model, x, **options):
 
 @pytest.mark.parametrize("options", [{}, {"kfac_approx": "reduce"}, {"curvature": "ekfac"}])
 def test_at_the_smallest_width_the_evidence_is_that_of_plain_convolutions(options):
-    torch.manual_seed(0)
-    model = network(P4, 2, width=0.25)
+    torch.manual_seed(1)
+    model = network(P4, 4, width=0.25)
     with torch.no_grad():  # filters between other elements have no curvature, but a prior
         for layer in (model[2], model[4]):
             layer.weight[:, :, 1:] = 0.0
     plain, x = plain_network(model, P4), torch.randn(7, 1, 5, 5, dtype=F64)
+    krons = state_of(plain, x).kron.values()
+    assert all(float(kron.grad_cov.diagonal(0, 1, 2).sum()) > 1e-4 for kron in krons)
     values = []
     for m in (model, plain):
-        state = state_of(m, x, **options)
-        values.append(log_marginal_likelihood(state, GaussianPrior(m, "layerwise"), Categorical()))
-    close(values[0], values[1], 1e-11)
+        state, prior = state_of(m, x, **options), GaussianPrior(m, "layerwise", 1e-4)
+        values.append(log_marginal_likelihood(state, prior, Categorical()))
+    close(values[0], values[1], 1e-10)
 
 
 def test_the_evidence_has_no_steps():
     torch.manual_seed(0)
     gate = GroupGate(P4M, 0.75, 0.0)
-    model, x = network(P4M, 2, gate=gate), torch.randn(5, 1, 5, 5, dtype=F64)
+    model, x = network(P4M, 4, gate=gate), torch.randn(5, 1, 5, 5, dtype=F64)
     for kfac_approx in ("expand", "reduce"):
         values = []
         for width in (0.75 - 1e-8, 0.75 + 1e-8):
