@@ -25,10 +25,13 @@ from margeq.layers import (
     EquivariantLinear,
     FactoredLinear2d,
     GroupConv2d,
+    GroupGate,
     IrrepGroupConv2d,
     LiftingConv2d,
     Linear2d,
     PairSeparableConv2d,
+    PartialGroupConv2d,
+    PartialLiftingConv2d,
     SeparableGroupConv2d,
     SparseConv2d,
     SparseFactoredLinear2d,
@@ -60,7 +63,7 @@ def batch_norm(kind: type[nn.Module], *size: int):
 
 
 def on_group(kind: type[nn.Module], name: str, group: FiniteGroup, *args, size=(3, 3), **options):
-    lifts = kind is LiftingConv2d
+    lifts = issubclass(kind, LiftingConv2d)
     shape = (3, args[0], *size) if lifts else (3, args[0], group.order, *size)
     shared = ("weight", "weight_w", "pairs.weight_w", *(f"{part}.weight" for part in PARTS))
     shared += tuple(f"weight_{r}" for r in range(5))
@@ -202,4 +205,15 @@ LAYER_CASES = [
     on_group(IrrepGroupConv2d, "groups", PM, 4, 6, 3, groups=2, size=(5, 5), stride=2),
     on_group(SubgroupConv2d, "d4-c4", P4M, 1, 1, 2, subgroup=P4),
     on_group(SubgroupConv2d, "c4-z2", P4, 1, 2, 3, subgroup=C(1), padding=1),
+    on_group(PartialLiftingConv2d, "p4", P4, 2, 3, 3, padding=1, padding_mode="circular"),
+    on_group(PartialLiftingConv2d, "p4m-mean", P4M, 1, 2, 2, size=(4, 4), stride=2, scale="mean"),
+    on_group(PartialLiftingConv2d, "c8", C(8), 1, 2, 3, bias=False),
+    on_group(PartialGroupConv2d, "p4", P4, 2, 3, 3, padding=1, padding_mode="circular"),
+    on_group(PartialGroupConv2d, "p4m", P4M, 1, 2, 2, bias=False),
+    on_group(PartialGroupConv2d, "pm-groups", PM, 4, 6, 3, groups=2, size=(5, 5), stride=2),
+    on_group(PartialGroupConv2d, "c6", C(6), 1, 2, 3, padding=1, scale="mean"),
+    on_group(PartialGroupConv2d, "z2", C(1), 2, 3, 3, padding=1),
+    on_group(
+        PartialGroupConv2d, "narrow-input", P4, 2, 3, 3, input_gate=GroupGate(P4, 0.5), padding=1
+    ),
 ]

@@ -34,6 +34,7 @@ class Factors:
     resolution: float = 0.0
     is_bias: bool = False
     n_frames: int = 1
+    frame_weights: Tensor | None = None
     symmetry: GroupCirculant | None = None
     from_data: bool | None = None
 
@@ -46,6 +47,7 @@ class Factors:
     def describe(self, rows: InputRows, from_data: bool) -> None:
         """Note what the inputs of one call say about the weight."""
         self.layout, self.is_bias, self.n_frames = rows.layout, rows.is_bias, rows.n_frames
+        self.frame_weights = rows.frame_weights
         self.from_data = from_data and self.from_data is not False
 
     def add_inputs(
@@ -204,8 +206,10 @@ class FactorSums:
             by_name = use.rule.output_grads(use.layer, use.x, grad[None])
             for local, name in use.names.items():
                 values = _promoted(by_name[local].squeeze(0))
-                reduces = self._reduces(name)
-                values = _reduced(values, self._factors[name].n_frames, *reduces)
+                reduces, factors = self._reduces(name), self._factors[name]
+                if reduces[1]:
+                    values = _times_roots(values, factors.frame_weights)
+                values = _reduced(values, factors.n_frames, *reduces)
                 if all(reduces):
                     sums[name] = sums[name] + values if name in sums else values
                 else:
@@ -246,7 +250,7 @@ class FactorSums:
 
 def _summed(rows: InputRows) -> Tensor:
     """Rows summed over all positions, ``[n, 1, b, i]``."""
-    total = _promoted(rows.rows).sum(1, keepdim=True)
+    total = _evened(_promoted(rows.rows), rows, reduced=True).sum(1, keepdim=True)
     return total if rows.frames is None else rows.frames.apply(total).sum(1, keepdim=True)
 
 
@@ -256,11 +260,11 @@ def _term(name: str, rows: InputRows, places: bool, frames: bool) -> InputTerm:
     # means over the frames have another structure
     symmetry = None if frames or rows.frames is None else rows.frames.symmetry
     if not (places or frames):
-        values = _promoted(rows.rows)
+        values = _evened(_promoted(rows.rows), rows, reduced=False)
         n_sampled = values.shape[1] * (rows.n_frames if rows.frames else 1)
         scale = n_positions / n_sampled
         return InputTerm(name, values, scale, n_data * n_positions, rows.frames, symmetry)
-    values = _promoted(rows.expanded().rows)
+    values = _evened(_promoted(rows.expanded().rows), rows, reduced=frames)
     n_places = n_positions // rows.n_frames
     reduced = _reduced(values, rows.n_frames, places, frames) / (
         n_places if places else rows.n_frames
@@ -268,6 +272,26 @@ def _term(name: str, rows: InputRows, places: bool, frames: bool) -> InputTerm:
     n_shared = rows.n_frames if places else n_places
     scale = n_shared / reduced.shape[1]
     return InputTerm(name, reduced, scale, n_data * n_shared, symmetry=symmetry)
+
+
+def _evened(values: Tensor, rows: InputRows, *, reduced: bool) -> Tensor:
+    # sum_h w^2 aa^T (x) gg^T ~ (sum_h w aa^T) (x) (sum_h w gg^T) (sum_h w^2) / (sum_h w)^2, and a
+    # mean over frames is sum_h w a / sum_h w. Rows carry sqrt(w), and whatever comes of them is
+    # divided by the number of frames, which is right where all weigh the same.
+    weights = rows.frame_weights
+    if weights is None:
+        return values
+    if reduced:
+        return _times_roots(values, weights / weights.mean() ** 2)
+    return values * (weights.square().mean().sqrt() / weights.mean()).to(values)
+
+
+def _times_roots(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Values ``[n, (h t), b, .]`` times the root of each frame's weight."""
+    if weights is None:
+        return values
+    by_frame = values.unflatten(1, (len(weights), -1))
+    return (by_frame * weights.to(values).sqrt()[:, None, None, None]).flatten(1, 2)
 
 
 def _reduced(values: Tensor, n_frames: int, places: bool, frames: bool) -> Tensor:

@@ -63,6 +63,8 @@ class InputRows:
         is_bias: as in :class:`LinearIO`.
         n_frames: number of frames that ``t`` runs over first.
         frames: how the rows look in each frame, if they do not yet run over them.
+        frame_weights: factors ``[h]`` of the layer's output in each frame, where they differ. Rows
+            and output gradients both carry their root, so that products carry the factor.
     """
 
     rows: Tensor
@@ -71,6 +73,7 @@ class InputRows:
     is_bias: bool = False
     n_frames: int = 1
     frames: Frames | None = None
+    frame_weights: Tensor | None = None
 
     def expanded(self) -> InputRows:
         """The same with rows that run over the frames."""

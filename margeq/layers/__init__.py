@@ -6,6 +6,7 @@ from margeq.layers.dense import Linear2d
 from margeq.layers.equivariant import EquivariantLinear
 from margeq.layers.expansion import expand_to, to_conv2d
 from margeq.layers.factored import FactoredLinear2d
+from margeq.layers.gate import GroupGate, LearnedSubset
 from margeq.layers.group import GroupConv2d
 from margeq.layers.group_pooling import (
     GroupPool,
@@ -17,6 +18,7 @@ from margeq.layers.group_pooling import (
 )
 from margeq.layers.irreps import IrrepGroupConv2d
 from margeq.layers.lifting import LiftingConv2d
+from margeq.layers.partial import PartialGroupConv2d, PartialLiftingConv2d
 from margeq.layers.pathways import ResidualPathways
 from margeq.layers.pooling import PolyphaseSubsample
 from margeq.layers.separable import PairSeparableConv2d, SeparableGroupConv2d
@@ -30,13 +32,17 @@ __all__ = [
     "EquivariantLinear",
     "FactoredLinear2d",
     "GroupConv2d",
+    "GroupGate",
     "GroupPool",
     "IrrepGroupConv2d",
+    "LearnedSubset",
     "Lift",
     "LiftingConv2d",
     "Linear2d",
     "MergeGroup",
     "PairSeparableConv2d",
+    "PartialGroupConv2d",
+    "PartialLiftingConv2d",
     "PerElement",
     "PolyphaseSubsample",
     "ResidualPathways",

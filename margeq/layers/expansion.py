@@ -18,8 +18,10 @@ from margeq.errors import ConfigError
 from margeq.groups.finite import FiniteGroup, require_group
 from margeq.groups.planar import Z2, is_exact
 from margeq.layers.expandable import Expandable
+from margeq.layers.gate import GroupGate
 from margeq.layers.group import GroupConv2d
 from margeq.layers.lifting import LiftingConv2d
+from margeq.layers.partial import PartialGroupConv2d, PartialLiftingConv2d
 from margeq.layers.planar import PlanarConv
 from margeq.layers.separable import PairSeparableConv2d, SeparableGroupConv2d
 
@@ -47,7 +49,8 @@ def expand_to(layer: nn.Module, subgroup: FiniteGroup) -> nn.Module:
         the layer's device, in its dtype and its mode.
 
     Raises:
-        ConfigError: for another layer, or a group that is no exact subgroup of the layer's.
+        ConfigError: for another layer, one with a gate, or a group that is no exact subgroup of the
+            layer's.
 
     Example:
         >>> from margeq.groups import P4, P4M
@@ -58,9 +61,19 @@ def expand_to(layer: nn.Module, subgroup: FiniteGroup) -> nn.Module:
         (432, 864)
     """
     require_group(subgroup, "subgroup")
+    if isinstance(layer, PartialLiftingConv2d | PartialGroupConv2d):
+        raise ConfigError(
+            f"{type(layer).__name__} need not commute with {subgroup!r}; use to_conv2d, which "
+            f"takes the gate along"
+        )
     if isinstance(layer, SeparableGroupConv2d):
         factors = ((name, expand_to(factor, subgroup)) for name, factor in layer.named_children())
         return nn.Sequential(OrderedDict(factors)).train(layer.training)
+    return _expanded(layer, subgroup)
+
+
+def _expanded(layer: nn.Module, subgroup: FiniteGroup) -> PlanarConv:
+    """The same for a single convolution; a gate is left behind."""
     if not isinstance(layer, LiftingConv2d | GroupConv2d | PairSeparableConv2d):
         raise ConfigError(
             f"{type(layer).__name__} cannot be expanded to {subgroup!r}; use a LiftingConv2d, a "
@@ -90,7 +103,7 @@ def to_conv2d(layer: nn.Module) -> nn.Module:
     Filters of pointwise layers are zero between different elements. Frozen weights stay frozen.
 
     Args:
-        layer: as in :func:`expand_to`.
+        layer: as in :func:`expand_to`, or a partial one, whose gate becomes part of the filters.
 
     Returns:
         An ``nn.Conv2d``, or for a chain an ``nn.Sequential`` of some.
@@ -106,8 +119,9 @@ def to_conv2d(layer: nn.Module) -> nn.Module:
     if isinstance(layer, SeparableGroupConv2d):
         factors = ((name, to_conv2d(factor)) for name, factor in layer.named_children())
         return nn.Sequential(OrderedDict(factors)).train(layer.training)
-    free = expand_to(layer, Z2)
-    assert isinstance(free, PlanarConv)
+    free = _expanded(layer, Z2)
+    if isinstance(layer, PartialLiftingConv2d | PartialGroupConv2d):
+        _absorb(layer.gate, free)
     window = free.window
     with torch.random.fork_rng([]):
         conv = nn.Conv2d(
@@ -115,6 +129,15 @@ def to_conv2d(layer: nn.Module) -> nn.Module:
             window.spacing, window.groups, free.bias is not None, window.padding_mode,
         )  # fmt: skip
     return _filled(conv, free, free.weight)
+
+
+@torch.no_grad()
+def _absorb(gate: GroupGate, free: PlanarConv) -> None:
+    """Multiply the filters and biases of each element by its factor."""
+    for tensor in (free.weight, free.bias):
+        if tensor is not None:
+            by_element = tensor.unflatten(0, (-1, gate.group.order)).movedim(1, -1)
+            by_element *= gate.factors().to(tensor)
 
 
 def _free_weight(layer: PlanarConv, cosets: Tensor) -> Tensor:
