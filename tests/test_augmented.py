@@ -300,7 +300,7 @@ def test_copies_are_averaged_with_their_shares_before_products_are_formed():
     assert float(weight.n_shared) == 50
 
 
-def test_two_averages_in_one_network_are_two_calls():
+def test_calls_in_two_averages_and_two_calls_in_a_copy_are_four_calls():
     layer = nn.Linear(2, 2, bias=False).double()
 
     class Averages(nn.Module):
@@ -313,13 +313,14 @@ def test_two_averages_in_one_network_are_two_calls():
             for average in (object(), object()):
                 for k in (1.0, 3.0):
                     with one_copy(average, 0.5):
-                        total = total + 0.5 * self.layer(k * x)
+                        total = total + 0.5 * (self.layer(k * x) + self.layer(2 * k * x))
             return total
 
     x = torch.randn(4, 2, dtype=F64)
     kron = accumulate(Averages(), [(x, x)], "regression").kron["layer.weight"]
-    torch.testing.assert_close(kron.input_cov[0], 2 * 4 * x.T @ x)
-    torch.testing.assert_close(kron.grad_cov[0], 2 * 4 * torch.eye(2, dtype=F64))
+    # means of 1 and 3, and of 2 and 6, each in two averages
+    torch.testing.assert_close(kron.input_cov[0], 2 * (2**2 + 4**2) * x.T @ x)
+    torch.testing.assert_close(kron.grad_cov[0], 4 * 4 * torch.eye(2, dtype=F64))
 
 
 def test_weights_and_widths_are_told_apart():
