@@ -6,7 +6,7 @@ train/eval flag back, and in-place activations work on an alias of the hooked ou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from margeq.curvature.copies import Calls
 from margeq.curvature.io import Rule, rule_for
 from margeq.curvature.sampling import tensors_of
 from margeq.errors import DataError, MissingRuleError, UnsupportedLayerError
@@ -47,6 +48,8 @@ class Use:
         y: the module's output; its values may have been overwritten by an in-place activation.
         edge: where the output's gradient arrives in the autograd graph, ``None`` without one.
         cut: where gradients on their way into this call can be held, see :class:`Cut`.
+        call: equal for the copies of one call, see :mod:`margeq.curvature.copies`.
+        share: of this copy in their average; ``None`` for a call without copies.
     """
 
     prefix: str
@@ -57,6 +60,8 @@ class Use:
     y: Tensor
     edge: GradientEdge | None
     cut: Cut
+    call: Hashable
+    share: float | Tensor | None
 
 
 class Cut:
@@ -139,7 +144,7 @@ def record(
         The calls, in their order; the list fills while the model runs.
     """
     uses: list[Use] = []
-    handles = []
+    handles, calls = [], Calls()
     name_of = {id(parameter): name for name, parameter in weights.items()}
     for prefix, layer in model.named_modules():
         names = {
@@ -149,7 +154,7 @@ def record(
         }
         rule = rule_for(type(layer))
         if names and rule is not None:
-            hook = _Recorder(prefix, rule, names, uses, keep_graph)
+            hook = _Recorder(prefix, rule, names, uses, calls, keep_graph)
             # first in line, so that hooks of the user see and may change the output after us
             handles.append(layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
     try:
@@ -165,6 +170,7 @@ class _Recorder:
     rule: Rule
     names: Mapping[str, str]
     uses: list[Use]
+    calls: Calls
     keep_graph: bool
 
     def __call__(
@@ -179,7 +185,10 @@ class _Recorder:
         # taken now: an in-place activation on a view would give the tensor another history
         edge = get_gradient_edge(y) if y.requires_grad else None
         x, cut = x if self.keep_graph else x.detach(), Cut()
-        self.uses.append(Use(self.prefix, layer, self.rule, self.names, x, y, edge, cut))
+        call, share = self.calls.next(self.prefix)
+        self.uses.append(
+            Use(self.prefix, layer, self.rule, self.names, x, y, edge, cut, call, share)
+        )
         return cast(Tensor, _Alias.apply(y, cut)) if edge is not None else y
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from zlib import crc32
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from margeq.curvature.capture import Use
+from margeq.curvature.copies import mixed_rows
 from margeq.curvature.forms import BlockCurvature
 from margeq.curvature.fourier import GroupCirculant
 from margeq.curvature.frames import Frames
@@ -155,6 +156,22 @@ class FactorSums:
         """
         terms: list[InputTerm] = []
         means: dict[str, tuple[Tensor, int]] = {}
+        for name, rows, from_data in self._rows(uses, inputs, keys):
+            self._factors[name].describe(rows, from_data)
+            if all(self._reduces(name)):
+                total, count = means.get(name, (0.0, 0))
+                means[name] = total + _summed(rows), count + rows.n_positions
+            else:
+                terms.append(_term(name, rows, *self._reduces(name)))
+        for name, (total, n_positions) in means.items():
+            terms.append(InputTerm(name, total / n_positions, 1.0, len(keys)))
+        return terms
+
+    def _rows(
+        self, uses: Sequence[Use], inputs: Any, keys: Tensor
+    ) -> Iterator[tuple[str, InputRows, bool]]:
+        """What each call of a weight read, and whether from the data; copies are one call."""
+        mixed: dict[tuple[str, Hashable], InputRows] = {}
         for use in uses:
             from_data = _is_first(use, inputs)
             if from_data and self._cache.has(use.names):
@@ -165,15 +182,13 @@ class FactorSums:
                 if local not in use.names:
                     continue
                 name = use.names[local]
-                self._factors[name].describe(rows, from_data)
-                if all(self._reduces(name)):
-                    total, count = means.get(name, (0.0, 0))
-                    means[name] = total + _summed(rows), count + rows.n_positions
+                if use.share is None:
+                    yield name, rows, from_data
                 else:
-                    terms.append(_term(name, rows, *self._reduces(name)))
-        for name, (total, n_positions) in means.items():
-            terms.append(InputTerm(name, total / n_positions, 1.0, len(keys)))
-        return terms
+                    key = (name, use.call)
+                    mixed[key] = mixed_rows(mixed.get(key), rows, use.share)
+        for (name, _), rows in mixed.items():
+            yield name, rows, False
 
     def add_gradients(self, uses: Sequence[Use], grads: Sequence[Tensor | None]) -> None:
         """Add the gradient covariances of one column; arguments as for :meth:`grad_terms`."""
@@ -198,8 +213,7 @@ class FactorSums:
         Returns:
             Pairs of a weight's name and rows ``[n, t, b, o]``, differentiable like ``grads``.
         """
-        terms: list[tuple[str, Tensor]] = []
-        sums: dict[str, Tensor] = {}
+        sums: dict[tuple[str, Hashable], Tensor] = {}
         for use, grad in zip(uses, grads, strict=True):
             if grad is None:
                 continue
@@ -210,11 +224,10 @@ class FactorSums:
                 if reduces[1]:
                     values = _times_roots(values, factors.frame_weights)
                 values = _reduced(values, factors.n_frames, *reduces)
-                if all(reduces):
-                    sums[name] = sums[name] + values if name in sums else values
-                else:
-                    terms.append((name, values))
-        return [*terms, *sums.items()]
+                # the products of all calls together, or those of each call
+                key = (name, None if all(reduces) else use.call)
+                sums[key] = sums[key] + values if key in sums else values
+        return [(name, values) for (name, _), values in sums.items()]
 
     def finish(self, checksum: int) -> BlockCurvature:
         """The curvature of every weight; fills the cache."""

@@ -98,23 +98,31 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()
 
 
-def read_cifar_binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures ``[n, 3, 32, 32]`` and labels ``[n]`` of a file of ``cifar-10-batches-bin``.
+def read_cifar_binary(
+    path: Path, n_labels: int = 1, label: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures ``[n, 3, 32, 32]`` and labels ``[n]`` of a file of CIFAR's binary layout.
+
+    Args:
+        path: such as ``cifar-10-batches-bin/test_batch.bin``.
+        n_labels: bytes of labels in front of each picture: 1, or 2 for CIFAR-100.
+        label: which of them to return.
 
     Returns:
         Bytes and class indices, in the order of the file.
 
     Raises:
-        DataError: if the file does not consist of records of one label and 3,072 pixels.
+        DataError: if the file does not consist of records of the labels and 3,072 pixels.
     """
     content = np.fromfile(path, np.uint8)
-    if not len(content) or len(content) % (1 + _CIFAR_PIXELS):
+    length = n_labels + _CIFAR_PIXELS
+    if not len(content) or len(content) % length:
         raise DataError(
-            f"{path} ({len(content)} bytes) does not consist of records of {1 + _CIFAR_PIXELS} "
-            f"bytes; delete it and get it again"
+            f"{path} ({len(content)} bytes) does not consist of records of {length} bytes; delete "
+            f"it and get it again"
         )
-    records = content.reshape(-1, 1 + _CIFAR_PIXELS)
-    return records[:, 1:].reshape(-1, 3, _CIFAR_SIDE, _CIFAR_SIDE), records[:, 0]
+    records = content.reshape(-1, length)
+    return records[:, n_labels:].reshape(-1, 3, _CIFAR_SIDE, _CIFAR_SIDE), records[:, label]
 
 
 def read_cifar_python(path: Path) -> tuple[np.ndarray, np.ndarray]:

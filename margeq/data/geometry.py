@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["in_quadrants", "resized", "rotated", "shifted"]
+__all__ = ["PADDINGS", "in_quadrants", "resized", "rotated", "shifted", "warped"]
+
+PADDINGS = ("zeros", "border", "reflection")
 
 
 def in_quadrants(images: Tensor, quadrants: Tensor) -> Tensor:
@@ -50,7 +52,7 @@ def shifted(images: Tensor, shifts: Tensor) -> Tensor:
     identity = torch.eye(2).expand(len(images), 2, 2)
     # half a side is one unit of the grid, which says where a pixel comes from: hence the sign
     units = -shifts.flip(1) * torch.tensor([2 / width, 2 / height])
-    return _warped(images, torch.cat([identity, units[:, :, None]], dim=2))
+    return warped(images, torch.cat([identity, units[:, :, None]], dim=2))
 
 
 def rotated(images: Tensor, angles: Tensor) -> Tensor:
@@ -59,12 +61,22 @@ def rotated(images: Tensor, angles: Tensor) -> Tensor:
     cos, sin = radians.cos(), radians.sin()
     # the inverse turn, in coordinates (x to the right, y down)
     turn = torch.stack([cos, -sin, sin, cos], dim=1).reshape(-1, 2, 2)
-    return _warped(images, torch.cat([turn, turn.new_zeros(len(turn), 2, 1)], dim=2))
+    return warped(images, torch.cat([turn, turn.new_zeros(len(turn), 2, 1)], dim=2))
 
 
-def _warped(images: Tensor, maps: Tensor) -> Tensor:
-    """Bilinear pictures at the affine ``maps`` ``[n, 2, 3]`` from output to input coordinates."""
+def warped(images: Tensor, maps: Tensor, padding: str = "zeros") -> Tensor:
+    """Bilinear pictures at affine maps from output to input coordinates.
+
+    Args:
+        images: ``[n, channels, height, width]``.
+        maps: ``[n, 2, 3]``, in coordinates (x to the right, y down) that run from -1 to 1 over
+            each side, whatever its length.
+        padding: what lies outside, one of ``PADDINGS``.
+
+    Returns:
+        Pictures of the same shape, differentiable in the maps.
+    """
     grid = functional.affine_grid(maps.to(images), list(images.shape), align_corners=False)
     return functional.grid_sample(
-        images, grid, mode="bilinear", padding_mode="zeros", align_corners=False
+        images, grid, mode="bilinear", padding_mode=padding, align_corners=False
     )

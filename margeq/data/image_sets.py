@@ -1,28 +1,23 @@
-"""Questions about MNIST and CIFAR-10 that need different symmetries.
-
-Each picture's place, shift or turn depends on the seed, the part and the picture's index alone: it
-is the same in a task of 100 pictures and in the full one.
-"""
+"""Questions about MNIST and CIFAR that need different symmetries."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from margeq.counts import is_count
 from margeq.data.formats import Source
-from margeq.data.geometry import in_quadrants, resized, rotated, shifted
-from margeq.data.sources import Folder, cifar10_source, mnist_source
+from margeq.data.geometry import in_quadrants, shifted
+from margeq.data.recipes import PLAIN, TURNED, Recipe, render_task
+from margeq.data.sources import Folder, LabelKind, cifar10_source, cifar100_source, mnist_source
 from margeq.data.tasks import ImageTask
-from margeq.errors import ConfigError, DataError
+from margeq.errors import ConfigError
 
 __all__ = [
     "QuadrantQuestion",
     "cifar10",
+    "cifar100",
     "mnist",
     "quadrant_mnist",
     "rotated_cifar10",
@@ -32,28 +27,14 @@ __all__ = [
 
 QuadrantQuestion = Literal["digit", "digit+quadrant"]
 
-_CHUNK = 2048  # pictures that are changed at once: a canvas of all digits takes 750 MB
 _MNIST_SHIFT = 8.0  # pixels of 28
 _QUADRANTS = ("upper left", "upper right", "lower left", "lower right")
 
 
-@dataclass(frozen=True)
-class _Recipe:
-    """What is drawn for each picture, and what the draws do to pictures and labels."""
-
-    draw: Callable[[int, torch.Generator], Tensor]
-    change: Callable[[Tensor, Tensor], Tensor]
-    relabel: Callable[[Tensor, Tensor], Tensor] = lambda labels, draws: labels
-    class_names: tuple[str, ...] = ()  # those of the source if empty
-    antialias: bool = True
-
-
-_PLAIN = _Recipe(lambda n, generator: torch.zeros(n), lambda images, draws: images)
-_TURNED = _Recipe(lambda n, generator: 360 * torch.rand(n, generator=generator), rotated)
-_SHIFTED = _Recipe(
+_SHIFTED = Recipe(
     lambda n, generator: (2 * torch.rand(n, 2, generator=generator) - 1) * _MNIST_SHIFT, shifted
 )
-_IN_QUADRANTS = _Recipe(
+_IN_QUADRANTS = Recipe(
     lambda n, generator: torch.randint(4, (n,), generator=generator), in_quadrants
 )
 _QUESTIONS = {
@@ -109,7 +90,7 @@ def quadrant_mnist(
         raise ConfigError(f"unknown question {question!r}; choose one of {tuple(_QUESTIONS)}")
     recipe = replace(_QUESTIONS[question], antialias=antialias)
     parts = _mnist_parts(data_dir, download)
-    return _task(f"quadrant-mnist {question}", parts, recipe, (n_train, n_test), size, seed)
+    return render_task(f"quadrant-mnist {question}", parts, recipe, (n_train, n_test), size, seed)
 
 
 def mnist(
@@ -144,7 +125,7 @@ def mnist(
         LeCun, Bottou, Bengio and Haffner (1998).
     """
     parts = _mnist_parts(data_dir, download)
-    return _task("mnist", parts, _PLAIN, (n_train, n_test), size, seed)
+    return render_task("mnist", parts, PLAIN, (n_train, n_test), size, seed)
 
 
 def translated_mnist(
@@ -180,7 +161,7 @@ def translated_mnist(
         van der Ouderaa et al. (2023), appendix F.5.
     """
     parts = _mnist_parts(data_dir, download)
-    return _task("translated-mnist", parts, _SHIFTED, (n_train, n_test), size, seed)
+    return render_task("translated-mnist", parts, _SHIFTED, (n_train, n_test), size, seed)
 
 
 def rotated_mnist(
@@ -213,7 +194,7 @@ def rotated_mnist(
         van der Ouderaa et al. (2023), appendix F.5.
     """
     parts = _mnist_parts(data_dir, download)
-    return _task("rotated-mnist", parts, _TURNED, (n_train, n_test), size, seed)
+    return render_task("rotated-mnist", parts, TURNED, (n_train, n_test), size, seed)
 
 
 def cifar10(
@@ -249,7 +230,7 @@ def cifar10(
         Krizhevsky (2009), Learning multiple layers of features from tiny images.
     """
     parts = _cifar_parts(data_dir, download)
-    return _task("cifar10", parts, _PLAIN, (n_train, n_test), size, seed)
+    return render_task("cifar10", parts, PLAIN, (n_train, n_test), size, seed)
 
 
 def rotated_cifar10(
@@ -282,7 +263,42 @@ def rotated_cifar10(
         van der Ouderaa et al. (2023), appendix F.5.
     """
     parts = _cifar_parts(data_dir, download)
-    return _task("rotated-cifar10", parts, _TURNED, (n_train, n_test), size, seed)
+    return render_task("rotated-cifar10", parts, TURNED, (n_train, n_test), size, seed)
+
+
+def cifar100(
+    size: int = 32,
+    data_dir: Folder | None = None,
+    n_train: int | None = None,
+    n_test: int | None = None,
+    seed: int = 0,
+    *,
+    labels: LabelKind = "fine",
+) -> ImageTask:
+    """CIFAR-100 colour pictures, from files of one's own.
+
+    Args:
+        size: side of the pictures; 32 leaves them as they are.
+        data_dir: folder with ``train.bin`` and ``test.bin`` of the binary version, in it or in
+            ``cifar-100-binary``. None: the environment variable ``MARGEQ_DATA``, else
+            ``~/.cache/margeq``. Nothing is downloaded.
+        n_train: number of training pictures, a random choice; None takes all 50,000.
+        n_test: number of held-out pictures; None takes all 10,000.
+        seed: seed of the choice; the global random state is not used.
+        labels: ``"fine"`` (100 classes) or ``"coarse"`` (20).
+
+    Returns:
+        The pictures ``[n, 3, size, size]`` in [0, 1], and the labels.
+
+    Raises:
+        ConfigError: for unknown labels, or if there are not that many pictures.
+        DataError: if CIFAR-100 is not found.
+
+    Reference:
+        Krizhevsky (2009), Learning multiple layers of features from tiny images.
+    """
+    parts = cifar100_source("train", labels, data_dir), cifar100_source("test", labels, data_dir)
+    return render_task(f"cifar100 {labels}", parts, PLAIN, (n_train, n_test), size, seed)
 
 
 def _mnist_parts(data_dir: Folder | None, download: bool) -> tuple[Source, Source]:
@@ -291,46 +307,3 @@ def _mnist_parts(data_dir: Folder | None, download: bool) -> tuple[Source, Sourc
 
 def _cifar_parts(data_dir: Folder | None, download: bool) -> tuple[Source, Source]:
     return cifar10_source("train", data_dir, download), cifar10_source("test", data_dir, download)
-
-
-def _task(
-    name: str,
-    parts: tuple[Source, Source],
-    recipe: _Recipe,
-    numbers: tuple[int | None, int | None],
-    size: int,
-    seed: int,
-) -> ImageTask:
-    if not is_count(size):
-        raise ConfigError(f"size={size!r}, but pictures have at least one pixel")
-    train, test = parts
-    if train.class_names != test.class_names:
-        raise DataError(
-            f"training classes {train.class_names} and held-out classes {test.class_names} differ"
-        )
-    # each part has a stream of its own, so that one does not depend on the other
-    seeds = torch.randint(2**62, (2,), generator=torch.Generator().manual_seed(seed)).tolist()
-    tensors: list[Tensor] = []
-    for part, argument, number, part_seed in zip(
-        parts, ("n_train", "n_test"), numbers, seeds, strict=True
-    ):
-        if number is not None and not (is_count(number) and number <= len(part)):
-            raise ConfigError(f"{argument}={number!r}, but there are {len(part)} pictures")
-        tensors += _rendered(part, recipe, number, size, part_seed)
-    return ImageTask(*tensors, name=name, class_names=recipe.class_names or train.class_names)
-
-
-def _rendered(
-    part: Source, recipe: _Recipe, number: int | None, size: int, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Pictures and labels of all data, or of the first ``number`` in a random order."""
-    generator = torch.Generator().manual_seed(seed)
-    draws = recipe.draw(len(part), generator)
-    indices = torch.arange(len(part))
-    if number is not None:
-        indices = torch.randperm(len(part), generator=generator)[:number]
-    chunks = [
-        resized(recipe.change(part.read(chunk), draws[chunk]), size, recipe.antialias)
-        for chunk in indices.split(_CHUNK)
-    ]
-    return torch.cat(chunks), recipe.relabel(part.labels[indices], draws[indices])

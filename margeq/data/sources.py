@@ -1,4 +1,4 @@
-"""Where MNIST and CIFAR-10 come from: a given folder, ``MARGEQ_DATA``, or a checked download."""
+"""Where MNIST and CIFAR come from: a given folder, ``MARGEQ_DATA``, or a checked download."""
 
 from __future__ import annotations
 
@@ -21,11 +21,20 @@ from margeq.data.formats import (
     read_folder,
     read_idx,
 )
-from margeq.errors import DataError
+from margeq.errors import ConfigError, DataError
 
-__all__ = ["Folder", "Part", "cifar10_source", "load_image_folder", "mnist_source"]
+__all__ = [
+    "Folder",
+    "LabelKind",
+    "Part",
+    "cifar10_source",
+    "cifar100_source",
+    "load_image_folder",
+    "mnist_source",
+]
 
 Part = Literal["train", "test"]
+LabelKind = Literal["fine", "coarse"]
 Folder = str | os.PathLike[str]
 
 _VARIABLE = "MARGEQ_DATA"
@@ -47,6 +56,9 @@ _CIFAR_FILES = {
     "cifar-10-batches-py": ("data_batch_{}", "test_batch", read_cifar_python),
 }
 _CIFAR_FOLDERS = ("cifar10", "cifar10-jpeg", ".")
+_CIFAR100_FOLDERS = ("cifar-100-binary", ".")
+_CIFAR100_LABELS = ("coarse", "fine")  # in the order of a record's bytes
+_CIFAR100_N_CLASSES = {"coarse": 20, "fine": 100}
 _CIFAR_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
@@ -152,12 +164,63 @@ def cifar10_source(part: Part, data_dir: Folder | None = None, download: bool = 
     return _find("CIFAR-10", wanted, find, fill if download else None, data_dir)
 
 
+def cifar100_source(
+    part: Part, labels: LabelKind = "fine", data_dir: Folder | None = None
+) -> Source:
+    """One part of CIFAR-100: 32×32 colour pictures. Never downloaded.
+
+    Args:
+        part: ``"train"`` (50,000) or ``"test"`` (10,000).
+        labels: ``"fine"`` (100 classes) or ``"coarse"`` (20).
+        data_dir: folder with ``train.bin`` and ``test.bin`` of the binary version, in it or in
+            ``cifar-100-binary``; their ``*_label_names.txt`` name the classes. None: as for
+            :func:`mnist_source`.
+
+    Returns:
+        Pictures ``[n, 3, 32, 32]`` and labels.
+
+    Raises:
+        ConfigError: for unknown labels.
+        DataError: if the files are not found, or are broken.
+
+    Reference:
+        Krizhevsky (2009), Learning multiple layers of features from tiny images.
+    """
+    if labels not in _CIFAR100_LABELS:
+        raise ConfigError(f"labels={labels!r}; choose one of {_CIFAR100_LABELS}")
+
+    def find(root: Path) -> Source | None:
+        for folder in _CIFAR100_FOLDERS:
+            path = root / folder / f"{part}.bin"
+            if path.is_file():
+                pictures, indices = read_cifar_binary(path, 2, _CIFAR100_LABELS.index(labels))
+                names = _label_names(path.parent / f"{labels}_label_names.txt", labels)
+                if indices.max() >= len(names):
+                    raise DataError(
+                        f"{path} has the {labels} label {indices.max()}, but there are only "
+                        f"{len(names)} classes; delete it and get it again"
+                    )
+                return in_memory(pictures, indices, names)
+        return None
+
+    wanted = "CIFAR-100's binary version (cifar-100-binary/train.bin and test.bin)"
+    return _find("CIFAR-100", wanted, find, None, data_dir, never_downloaded=True)
+
+
+def _label_names(path: Path, labels: LabelKind) -> tuple[str, ...]:
+    """The classes by name where the file is, else by number."""
+    if not path.is_file():
+        return tuple(map(str, range(_CIFAR100_N_CLASSES[labels])))
+    return tuple(path.read_text(encoding="utf-8").split())
+
+
 def _find(
     name: str,
     wanted: str,
     find: Callable[[Path], Source | None],
     fill: Callable[[Path], None] | None,
     data_dir: Folder | None,
+    never_downloaded: bool = False,
 ) -> Source:
     """What ``find`` finds in the given folder, else that of the environment, else the cache."""
     named = data_dir or os.environ.get(_VARIABLE)
@@ -168,10 +231,10 @@ def _find(
         fill(root)
         source = find(root)
     if source is None:
-        raise DataError(
-            f"{name} is not in {root}; looked for {wanted}. Pass data_dir=, set {_VARIABLE}, or "
-            f"leave both out with download=True"
-        )
+        ways = f"Pass data_dir=, set {_VARIABLE}, or leave both out with download=True"
+        if never_downloaded:
+            ways = f"It is never downloaded: get the files and pass data_dir=, or set {_VARIABLE}"
+        raise DataError(f"{name} is not in {root}; looked for {wanted}. {ways}")
     return source
 
 

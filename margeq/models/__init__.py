@@ -1,6 +1,7 @@
 """Whole networks."""
 
 from margeq.models.all_cnn import all_cnn_c
+from margeq.models.augmented import AugmentedInputs
 from margeq.models.digits import digit_network
 from margeq.models.ella import ella
 from margeq.models.group_digits import group_digit_network
@@ -9,6 +10,7 @@ from margeq.models.resnet import resnet44
 from margeq.models.rotmnist import rotmnist_cnn
 
 __all__ = [
+    "AugmentedInputs",
     "all_cnn_c",
     "count_macs",
     "digit_network",
