@@ -25,9 +25,12 @@ from margeq.layers import (
     EquivariantLinear,
     FactoredLinear2d,
     GroupConv2d,
+    GroupSampler,
     IrrepGroupConv2d,
     LiftingConv2d,
     Linear2d,
+    MonteCarloGroupConv2d,
+    MonteCarloLiftingConv2d,
     PairSeparableConv2d,
     SeparableGroupConv2d,
     SparseConv2d,
@@ -36,6 +39,7 @@ from margeq.layers import (
     SubgroupConv2d,
 )
 from margeq.testing import LayerCase
+from tests.group_samples import Arc, Points
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -70,6 +74,21 @@ def on_group(kind: type[nn.Module], name: str, group: FiniteGroup, *args, size=(
 
 
 PARTS = ("elements", "plane", "channels", "pairs", "conv")
+
+
+def on_samples(name: str, *channels: int, inputs=None, outputs, size=(4, 4), kernel=3, **options):
+    """In evaluation mode, as the samples of training are not the same in every call."""
+
+    def make() -> nn.Module:
+        samplers = {"outputs": GroupSampler(outputs(), 4)}
+        if inputs is not None:
+            samplers["inputs"] = GroupSampler(inputs(), 4)
+        kind = MonteCarloLiftingConv2d if inputs is None else MonteCarloGroupConv2d
+        return kind(*channels, kernel, **samplers, hidden=4, **options).eval()
+
+    elements = () if inputs is None else (len(inputs().quadrature()[0]),)
+    shape = (3, channels[0], *elements, *size)
+    return LayerCase(f"MonteCarlo-{name}", make, shape, shared=("weight",))
 
 
 def equivariant(name: str, rep_in, rep_out, *channels: int, **options):
@@ -202,4 +221,33 @@ LAYER_CASES = [
     on_group(IrrepGroupConv2d, "groups", PM, 4, 6, 3, groups=2, size=(5, 5), stride=2),
     on_group(SubgroupConv2d, "d4-c4", P4M, 1, 1, 2, subgroup=P4),
     on_group(SubgroupConv2d, "c4-z2", P4, 1, 2, 3, subgroup=C(1), padding=1),
+    on_samples("lifting", 2, 3, outputs=partial(Arc, 3, 0.7), padding=1),
+    on_samples("lifting-mirrors", 1, 2, outputs=partial(Arc, 2, mirrors=True), kernel=2, stride=2),
+    on_samples(
+        "group",
+        2,
+        2,
+        inputs=partial(Arc, 3, 0.6),
+        outputs=partial(Arc, 2, 0.4),
+        padding=1,
+        padding_mode="circular",
+    ),
+    on_samples(
+        "group-mirrors",
+        1,
+        2,
+        inputs=partial(Arc, 2, mirrors=True),
+        outputs=partial(Arc, 2),
+        nonlinearity="swish",
+        bias=False,
+    ),
+    on_samples(
+        "one-by-one",
+        2,
+        3,
+        inputs=partial(Arc, 3),
+        outputs=partial(Points, [0.3]),
+        kernel=1,
+        size=(2, 2),
+    ),
 ]
