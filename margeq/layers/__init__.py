@@ -21,7 +21,13 @@ from margeq.layers.lifting import LiftingConv2d
 from margeq.layers.partial_mc import MonteCarloGroupConv2d, MonteCarloLiftingConv2d
 from margeq.layers.pathways import ResidualPathways
 from margeq.layers.pooling import PolyphaseSubsample
-from margeq.layers.samples import GroupDistribution, GroupSampler, GroupSamples, redraw
+from margeq.layers.samples import (
+    GroupDistribution,
+    GroupSampler,
+    GroupSamples,
+    IdentityElement,
+    redraw,
+)
 from margeq.layers.separable import PairSeparableConv2d, SeparableGroupConv2d
 from margeq.layers.sizes import SizeFault, check_sizes, require_exact_sizes
 from margeq.layers.sparse import SparseConv2d
@@ -37,6 +43,7 @@ __all__ = [
     "GroupPool",
     "GroupSampler",
     "GroupSamples",
+    "IdentityElement",
     "ImplicitKernel",
     "IrrepGroupConv2d",
     "Lift",

@@ -132,7 +132,8 @@ class SampledConv(nn.Module):
             self._pinned = None
 
     def _rendered(self) -> Tensor:
-        outputs, inputs = self.outputs(), None if self.inputs is None else self.inputs()
+        outputs = self._elements(self.outputs)
+        inputs = None if self.inputs is None else self._elements(self.inputs)
         features = self.kernel(self._coordinates(outputs, inputs))  # [h, g, x, b]
         if self.mask is not None:
             features = features * self.mask.to(features)[:, None]
@@ -140,6 +141,10 @@ class SampledConv(nn.Module):
             share = inputs.weights / inputs.weights.sum()
             features = features * share.to(features)[:, None, None]
         return features.flatten(1, 2).mT
+
+    def _elements(self, sampler: GroupSampler) -> GroupSamples:
+        # a distribution without parameters does not know the device
+        return GroupSamples(*(values.to(self.weight.device) for values in sampler()))
 
     def _coordinates(self, outputs: GroupSamples, inputs: GroupSamples | None) -> Tensor:
         """``[h, g, x, d]``: a position in the frame of h, and h^-1 g."""

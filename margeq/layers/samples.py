@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from margeq.counts import is_count
 from margeq.errors import ConfigError
 
-__all__ = ["GroupDistribution", "GroupSampler", "GroupSamples", "redraw"]
+__all__ = ["GroupDistribution", "GroupSampler", "GroupSamples", "IdentityElement", "redraw"]
 
 _LARGEST_SEED = 2**62
 
@@ -56,6 +56,26 @@ class GroupDistribution(Protocol):
     def sample(self, n_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """The same of random elements, ``S <= n_samples``, differentiable in its parameters."""
         ...
+
+
+class IdentityElement:
+    """The distribution that knows nothing but the identity; maps on it are ordinary ones.
+
+    Args:
+        has_rotations: whether filters are those of rotations, on a disk.
+        has_mirrors: whether they are those of reflections.
+    """
+
+    def __init__(self, has_rotations: bool = False, has_mirrors: bool = False) -> None:
+        self.has_rotations, self.has_mirrors = has_rotations, has_mirrors
+
+    def quadrature(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The identity."""
+        return torch.zeros(1), torch.ones(1), torch.ones(1)
+
+    def sample(self, n_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """The identity."""
+        return self.quadrature()
 
 
 class GroupSampler(nn.Module):
