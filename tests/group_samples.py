@@ -14,19 +14,19 @@ class Arc(nn.Module):
     hyperparameter_names = ("width",)
     has_rotations = True
 
-    def __init__(self, n_points: int, width: float = 1.0, mirrors: bool = False) -> None:
+    def __init__(self, width: float = 1.0, mirrors: bool = False) -> None:
         super().__init__()
-        self.n_points, self.has_mirrors = n_points, mirrors
+        self.has_mirrors = mirrors
         self.width = nn.Parameter(torch.tensor(width))
 
-    def quadrature(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self._elements(self.n_points, torch.tensor(0.5))
+    def quadrature(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self._elements(n, torch.tensor(0.5))
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        n_angles = n // 2 if self.has_mirrors else n
-        return self._elements(n_angles, torch.rand((), generator=generator))
+        return self._elements(n, torch.rand((), generator=generator))
 
     def _elements(self, n: int, jitter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        n = n // 2 if self.has_mirrors else n
         steps = torch.arange(n) + jitter.to(self.width)
         angles = math.pi * self.width * (2.0 * steps / n - 1.0)
         signs = torch.tensor([1.0, -1.0] if self.has_mirrors else [1.0]).to(angles)
@@ -52,7 +52,7 @@ class Points:
         self.elements = tuple(torch.tensor(v, dtype=torch.float64) for v in values)
         self.has_rotations, self.has_mirrors = has_rotations, mirrors is not None
 
-    def quadrature(self) -> tuple[Tensor, Tensor, Tensor]:
+    def quadrature(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
         return self.elements
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -80,14 +80,13 @@ def on_samples(name: str, *channels: int, inputs=None, outputs, size=(4, 4), ker
     """In evaluation mode, as the samples of training are not the same in every call."""
 
     def make() -> nn.Module:
-        samplers = {"outputs": GroupSampler(outputs(), 4)}
+        samplers = {"outputs": GroupSampler(outputs(), 2)}
         if inputs is not None:
             samplers["inputs"] = GroupSampler(inputs(), 4)
         kind = MonteCarloLiftingConv2d if inputs is None else MonteCarloGroupConv2d
         return kind(*channels, kernel, **samplers, hidden=4, **options).eval()
 
-    elements = () if inputs is None else (len(inputs().quadrature()[0]),)
-    shape = (3, channels[0], *elements, *size)
+    shape = (3, channels[0], *(() if inputs is None else (4,)), *size)
     return LayerCase(f"MonteCarlo-{name}", make, shape, shared=("weight",))
 
 
@@ -221,14 +220,14 @@ LAYER_CASES = [
     on_group(IrrepGroupConv2d, "groups", PM, 4, 6, 3, groups=2, size=(5, 5), stride=2),
     on_group(SubgroupConv2d, "d4-c4", P4M, 1, 1, 2, subgroup=P4),
     on_group(SubgroupConv2d, "c4-z2", P4, 1, 2, 3, subgroup=C(1), padding=1),
-    on_samples("lifting", 2, 3, outputs=partial(Arc, 3, 0.7), padding=1),
-    on_samples("lifting-mirrors", 1, 2, outputs=partial(Arc, 2, mirrors=True), kernel=2, stride=2),
+    on_samples("lifting", 2, 3, outputs=partial(Arc, 0.7), padding=1),
+    on_samples("lifting-mirrors", 1, 2, outputs=partial(Arc, mirrors=True), kernel=2, stride=2),
     on_samples(
         "group",
         2,
         2,
-        inputs=partial(Arc, 3, 0.6),
-        outputs=partial(Arc, 2, 0.4),
+        inputs=partial(Arc, 0.6),
+        outputs=partial(Arc, 0.4),
         padding=1,
         padding_mode="circular",
     ),
@@ -236,8 +235,8 @@ LAYER_CASES = [
         "group-mirrors",
         1,
         2,
-        inputs=partial(Arc, 2, mirrors=True),
-        outputs=partial(Arc, 2),
+        inputs=partial(Arc, mirrors=True),
+        outputs=Arc,
         nonlinearity="swish",
         bias=False,
     ),
@@ -245,7 +244,7 @@ LAYER_CASES = [
         "one-by-one",
         2,
         3,
-        inputs=partial(Arc, 3),
+        inputs=Arc,
         outputs=partial(Points, [0.3]),
         kernel=1,
         size=(2, 2),

@@ -137,7 +137,7 @@ def published_gain(channels=32, size=7, n=8, omega_0=10.0, hidden=32):
 
 
 def test_filters_start_with_unit_gain():
-    inputs, outputs = GroupSampler(Arc(8), 8).eval(), GroupSampler(Arc(8), 8).eval()
+    inputs, outputs = GroupSampler(Arc(), 8).eval(), GroupSampler(Arc(), 8).eval()
     layer = MonteCarloGroupConv2d(32, 16, 7, inputs=inputs, outputs=outputs, omega_0=10.0)
     values = 8 * layer.filters().unflatten(1, (32, 8)).flatten(3)[..., disk(7)]
     gain = float(values.std().detach()) * layer.fan_in("weight") ** 0.5
@@ -146,7 +146,7 @@ def test_filters_start_with_unit_gain():
 
 
 def test_lifted_noise_has_unit_variance():
-    layer = MonteCarloLiftingConv2d(4, 64, 7, outputs=GroupSampler(Arc(8), 8))
+    layer = MonteCarloLiftingConv2d(4, 64, 7, outputs=GroupSampler(Arc(), 8))
     y = layer(torch.randn(4, 4, 24, 24)).detach()
     assert abs(float(y.square().mean().sqrt()) - 1) < 0.05
 
@@ -155,7 +155,7 @@ def test_lifted_noise_has_unit_variance():
 def test_the_number_of_samples_does_not_change_the_output(omega_0):
     x, scales = torch.randn(1, 1, 6, 6), {}
     sizes = {"channels": (1, 2, 2), "size": 3 if omega_0 is None else 5}
-    models = [two_layers(Arc(8), Arc(8), **sizes, omega_0=omega_0, hidden=16) for _ in range(3)]
+    models = [two_layers(Arc(), Arc(), **sizes, omega_0=omega_0, hidden=16) for _ in range(3)]
     for n in (4, 8, 16):
         found = []
         for draw in range(300):
@@ -171,7 +171,7 @@ def test_the_number_of_samples_does_not_change_the_output(omega_0):
 
 def test_a_smaller_part_of_the_group_does_not_change_the_size():
     layer = MonteCarloGroupConv2d(
-        8, 16, 5, inputs=GroupSampler(Arc(8), 8), outputs=GroupSampler(Arc(8), 8)
+        8, 16, 5, inputs=GroupSampler(Arc(), 8), outputs=GroupSampler(Arc(), 8)
     ).eval()
     x = torch.randn(2, 8, 1, 12, 12).expand(-1, -1, 8, -1, -1)
     sizes = []
@@ -186,7 +186,8 @@ def test_a_smaller_part_of_the_group_does_not_change_the_size():
 
 @pytest.mark.parametrize(("n", "mirrors"), [(4, False), (8, False), (4, True), (12, True)])
 def test_even_grids_are_exactly_equivariant(n, mirrors):
-    model = two_layers(Arc(n, 1.0, mirrors), Arc(n, 1.0, mirrors), omega_0=10.0).eval()
+    arcs = Arc(1.0, mirrors), Arc(1.0, mirrors)
+    model = two_layers(*arcs, n=n * (1 + mirrors), omega_0=10.0).eval()
     x = torch.randn(2, 2, 9, 9)
     y = model(x).detach()
     # y points down, so that the rotation of x towards y turns pictures clockwise
@@ -202,7 +203,7 @@ def test_even_grids_are_exactly_equivariant(n, mirrors):
 
 def mean_difference(width, n, draws=300):
     """Mean over draws of what a quarter turn changes in the mean over elements and positions."""
-    model = two_layers(Arc(8, width), Arc(8, width), n=n, channels=(1, 3, 3), size=5)
+    model = two_layers(Arc(width), Arc(width), n=n, channels=(1, 3, 3), size=5)
     x = torch.randn(1, 1, 8, 8)
     differences = []
     for _ in range(draws):
@@ -232,7 +233,7 @@ def test_half_of_the_group_is_not():
 
 
 def test_evaluation_is_deterministic_and_training_redraws():
-    model, x = two_layers(Arc(8), Arc(8), n=5), torch.randn(1, 2, 8, 8)
+    model, x = two_layers(Arc(), Arc(), n=5), torch.randn(1, 2, 8, 8)
     trained = model(x)
     torch.testing.assert_close(model(x), trained, rtol=0, atol=0)
     assert trained.shape[2] == 5
@@ -245,7 +246,6 @@ def test_evaluation_is_deterministic_and_training_redraws():
     evaluated = model(x)
     redraw(model)
     torch.testing.assert_close(model(x), evaluated, rtol=0, atol=0)
-    assert evaluated.shape[2] == 8
 
 
 def test_weights_count_samples():
@@ -260,7 +260,7 @@ def test_weights_count_samples():
 
 
 def test_gradient_reaches_the_width_through_every_sample():
-    model, x = two_layers(Arc(8), Arc(8, 0.6), n=5), torch.randn(1, 2, 8, 8)
+    model, x = two_layers(Arc(), Arc(0.6), n=5), torch.randn(1, 2, 8, 8)
     width, direction = model[2].outputs.distribution.width, torch.randn(1, 4, 5, 8, 8)
     (slope,) = torch.autograd.grad((model(x) * direction).sum(), width)
     ends = []
@@ -272,7 +272,7 @@ def test_gradient_reaches_the_width_through_every_sample():
 
 
 def test_evaluation_compiles_to_one_graph():
-    model, x = two_layers(Arc(4), Arc(4), size=3).eval(), torch.randn(1, 2, 5, 5)
+    model, x = two_layers(Arc(), Arc(), size=3, n=4).eval(), torch.randn(1, 2, 5, 5)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=0)
 
@@ -297,7 +297,7 @@ def test_features_have_unit_norm_and_move_with_the_hidden_layers(nonlinearity):
 
 
 def test_the_frequency_starts_at_what_pixels_show():
-    outputs = GroupSampler(Arc(4), 4)
+    outputs = GroupSampler(Arc(), 4)
     layers = [MonteCarloLiftingConv2d(1, 1, k, outputs=outputs) for k in (2, 3, 7)]
     assert [float(layer.kernel.omega_0.detach()) for layer in layers] == pytest.approx(
         [1.0, 1.0, 3.0]
@@ -308,7 +308,7 @@ def test_the_frequency_starts_at_what_pixels_show():
 
 
 def test_errors_name_what_is_wrong():
-    sampler = GroupSampler(Arc(4), 4)
+    sampler = GroupSampler(Arc(), 4)
     trivial = GroupSampler(Points([0.0], has_rotations=False), 1)
     lifting = MonteCarloLiftingConv2d(2, 3, 3, outputs=sampler)
     group = MonteCarloGroupConv2d(2, 3, 3, inputs=sampler, outputs=sampler)
@@ -323,13 +323,13 @@ def test_errors_name_what_is_wrong():
     with pytest.raises(ConfigError, match="ordinary convolution"):
         MonteCarloGroupConv2d(2, 3, 1, inputs=trivial, outputs=trivial)
     with pytest.raises(ConfigError, match="GroupSampler"):
-        MonteCarloLiftingConv2d(2, 3, 3, outputs=Arc(4))
+        MonteCarloLiftingConv2d(2, 3, 3, outputs=Arc())
     with pytest.raises(ConfigError, match="in_channels=0"):
         MonteCarloLiftingConv2d(0, 3, 3, outputs=sampler)
     with pytest.raises(ConfigError, match="no distribution"):
         GroupSampler(nn.ReLU(), 4)
     with pytest.raises(ConfigError, match="n_samples=0"):
-        GroupSampler(Arc(4), 0)
+        GroupSampler(Arc(), 0)
     for options in ({"nonlinearity": "tanh"}, {"omega_0": 0.0}, {"hidden": 0}):
         with pytest.raises(ConfigError, match=next(iter(options))):
             ImplicitKernel(2, **options)

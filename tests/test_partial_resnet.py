@@ -38,10 +38,10 @@ def size(model):
         # the frequency of seven filters, or of eight
         (PLANE, None, {}, 450_074, COORDINATE + SHORTCUT_COORDINATE + 7),
         (SE2, None, {}, 450_074, COORDINATE + SHORTCUT_COORDINATE + 7),
-        (SE2, partial(Arc, 8), {}, 467_791, COORDINATE + 2 * SHORTCUT_COORDINATE + 8),
+        (SE2, Arc, {}, 467_791, COORDINATE + 2 * SHORTCUT_COORDINATE + 8),
         (
             SE2,
-            partial(Arc, 8),
+            Arc,
             {"in_channels": 3},
             469_903,
             COORDINATE + 2 * SHORTCUT_COORDINATE + 8,
@@ -49,7 +49,7 @@ def size(model):
         # and five probabilities of mirrors, which the distributions here do not have
         (
             E2,
-            partial(Arc, 4, mirrors=True),
+            partial(Arc, mirrors=True),
             {},
             467_988,
             COORDINATE + 2 * SHORTCUT_COORDINATE + 8 - 5,
@@ -70,7 +70,7 @@ def small(learned=None, **options):
 
 
 @pytest.mark.parametrize("head", ["max", "mlp", "t2"])
-@pytest.mark.parametrize("learned", [None, partial(Arc, 2, 0.7)])
+@pytest.mark.parametrize("learned", [None, partial(Arc, 0.7)])
 def test_training_redraws_and_evaluation_does_not(head, learned):
     model, x = small(learned, head=head, dropout=0.5), torch.randn(4, 1, 8, 8)
     assert model(x).shape == (4, 3)
@@ -93,13 +93,13 @@ def test_the_whole_group_gives_invariant_outputs():
     x = torch.randn(2, 1, 16, 16, dtype=torch.float64)
     torch.testing.assert_close(model(x.rot90(1, (2, 3))), model(x), rtol=1e-12, atol=1e-12)
     # the default start has no such symmetry with elements of a part of the group
-    other = small(partial(Arc, 2, 0.5)).double().eval()
+    other = small(partial(Arc, 0.5)).double().eval()
     x = x[..., :8, :8]
     assert float((other(x.rot90(1, (2, 3))) - other(x)).detach().abs().max()) > 1e-3
 
 
 def test_only_the_evidence_moves_filters_and_widths():
-    model = small(partial(Arc, 2, 0.7)).double().eval()
+    model = small(partial(Arc, 0.7)).double().eval()
     inside, weights = named_hyperparameters(model), named_weights(model)
     widths = [name for name in inside if name.endswith("width")]
     assert len(widths) == 5

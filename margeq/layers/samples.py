@@ -27,7 +27,7 @@ class GroupSamples(NamedTuple):
     Attributes:
         angles: ``[S]``, in radians.
         mirrors: ``[S]``, 1 or -1 for an element that mirrors before it rotates.
-        weights: ``[S]``, positive; only their ratios matter.
+        weights: ``[S]``, not negative; only their ratios matter.
     """
 
     angles: Tensor
@@ -49,12 +49,14 @@ class GroupDistribution(Protocol):
         """Whether there are reflections."""
         ...
 
-    def quadrature(self) -> tuple[Tensor, Tensor, Tensor]:
+    def quadrature(self, n_samples: int, /) -> tuple[Tensor, Tensor, Tensor]:
         """Angles, mirrors and weights ``[S]`` of fixed elements that stand for all."""
         ...
 
-    def sample(self, n_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """The same of random elements, ``S <= n_samples``, differentiable in its parameters."""
+    def sample(
+        self, n_samples: int, /, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of random elements, differentiable in its parameters."""
         ...
 
 
@@ -69,13 +71,13 @@ class IdentityElement:
     def __init__(self, has_rotations: bool = False, has_mirrors: bool = False) -> None:
         self.has_rotations, self.has_mirrors = has_rotations, has_mirrors
 
-    def quadrature(self) -> tuple[Tensor, Tensor, Tensor]:
+    def quadrature(self, n_samples: int) -> tuple[Tensor, Tensor, Tensor]:
         """The identity."""
         return torch.zeros(1), torch.ones(1), torch.ones(1)
 
     def sample(self, n_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """The identity."""
-        return self.quadrature()
+        return self.quadrature(n_samples)
 
 
 class GroupSampler(nn.Module):
@@ -87,7 +89,7 @@ class GroupSampler(nn.Module):
 
     Args:
         distribution: of the elements.
-        n_samples: most elements of a draw.
+        n_samples: what the distribution is asked for, fixed or random; it may answer with others.
 
     Raises:
         ConfigError: for something that is no distribution, or no number of samples.
@@ -102,23 +104,20 @@ class GroupSampler(nn.Module):
             )
         if not is_count(n_samples):
             raise ConfigError(f"GroupSampler: n_samples={n_samples!r}: use a whole number from 1")
-        self.distribution, self.n_samples, self._seed = distribution, n_samples, 0
+        self.distribution, self.n_samples = distribution, n_samples
+        # a tensor: a compiler takes other values of a number for another program
+        self._seed = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def forward(self) -> GroupSamples:
         """The elements of the present draw, or in evaluation the fixed ones."""
         if self.training:
-            return self._drawn()  # pyright: ignore[reportCallIssue, reportReturnType]
-        return GroupSamples(*self.distribution.quadrature())
-
-    @torch.compiler.disable
-    def _drawn(self) -> GroupSamples:
-        # generators cannot be compiled, and a new seed would compile everything again
-        generator = torch.Generator("cpu").manual_seed(self._seed)
-        return GroupSamples(*self.distribution.sample(self.n_samples, generator))
+            generator = torch.Generator("cpu").manual_seed(int(self._seed))
+            return GroupSamples(*self.distribution.sample(self.n_samples, generator))
+        return GroupSamples(*self.distribution.quadrature(self.n_samples))
 
     def redraw(self, generator: torch.Generator | None = None) -> None:
         """Other elements from now on, in training."""
-        self._seed = int(torch.randint(_LARGEST_SEED, (), generator=generator, device="cpu"))
+        self._seed = torch.randint(_LARGEST_SEED, (), generator=generator, device="cpu")
 
     def extra_repr(self) -> str:
         """Number of samples, for ``print(model)``."""

@@ -106,7 +106,7 @@ class PartialResNet(nn.Module):
 
     Args:
         whole: makes the distribution on the whole group.
-        n_samples: most elements of a draw.
+        n_samples: of each distribution.
         partial: makes the distributions that are learned.
         num_classes: number of outputs.
         in_channels: channels of the picture.
@@ -178,7 +178,8 @@ class PartialResNet(nn.Module):
         self.last_norm = nn.BatchNorm3d(2 * width)
         self.readout: nn.Module = nn.Sequential(nn.AdaptiveMaxPool3d(1), nn.Flatten())
         if head == "mlp":
-            self.readout = _mlp(2 * width, n_samples)
+            angles, *_ = others[4].distribution.quadrature(n_samples)
+            self.readout = _mlp(2 * width, len(angles))
         self.head = nn.Linear(2 * width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -210,9 +211,9 @@ def _pool() -> nn.Module:
     return nn.MaxPool3d((1, 2, 2))
 
 
-def _mlp(channels: int, n_samples: int) -> nn.Sequential:
+def _mlp(channels: int, n_elements: int) -> nn.Sequential:
     """The largest value of each channel at each element, and a hidden layer on all of them."""
     return nn.Sequential(
         nn.AdaptiveMaxPool3d((None, 1, 1)), nn.Flatten(),
-        nn.Linear(n_samples * channels, channels), nn.ReLU(),
+        nn.Linear(n_elements * channels, channels), nn.ReLU(),
     )  # fmt: skip
