@@ -26,9 +26,12 @@ from margeq.layers import (
     FactoredLinear2d,
     GroupConv2d,
     GroupGate,
+    GroupSampler,
     IrrepGroupConv2d,
     LiftingConv2d,
     Linear2d,
+    MonteCarloGroupConv2d,
+    MonteCarloLiftingConv2d,
     PairSeparableConv2d,
     PartialGroupConv2d,
     PartialLiftingConv2d,
@@ -39,6 +42,7 @@ from margeq.layers import (
     SubgroupConv2d,
 )
 from margeq.testing import LayerCase
+from tests.group_samples import Arc, Points
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -73,6 +77,20 @@ def on_group(kind: type[nn.Module], name: str, group: FiniteGroup, *args, size=(
 
 
 PARTS = ("elements", "plane", "channels", "pairs", "conv")
+
+
+def on_samples(name: str, *channels: int, inputs=None, outputs, size=(4, 4), kernel=3, **options):
+    """In evaluation mode, as the samples of training are not the same in every call."""
+
+    def make() -> nn.Module:
+        samplers = {"outputs": GroupSampler(outputs(), 2)}
+        if inputs is not None:
+            samplers["inputs"] = GroupSampler(inputs(), 4)
+        kind = MonteCarloLiftingConv2d if inputs is None else MonteCarloGroupConv2d
+        return kind(*channels, kernel, **samplers, hidden=4, **options).eval()
+
+    shape = (3, channels[0], *(() if inputs is None else (4,)), *size)
+    return LayerCase(f"MonteCarlo-{name}", make, shape, shared=("weight",))
 
 
 def equivariant(name: str, rep_in, rep_out, *channels: int, **options):
@@ -215,5 +233,34 @@ LAYER_CASES = [
     on_group(PartialGroupConv2d, "z2", C(1), 2, 3, 3, padding=1),
     on_group(
         PartialGroupConv2d, "narrow-input", P4, 2, 3, 3, input_gate=GroupGate(P4, 0.5), padding=1
+    ),
+    on_samples("lifting", 2, 3, outputs=partial(Arc, 0.7), padding=1),
+    on_samples("lifting-mirrors", 1, 2, outputs=partial(Arc, mirrors=True), kernel=2, stride=2),
+    on_samples(
+        "group",
+        2,
+        2,
+        inputs=partial(Arc, 0.6),
+        outputs=partial(Arc, 0.4),
+        padding=1,
+        padding_mode="circular",
+    ),
+    on_samples(
+        "group-mirrors",
+        1,
+        2,
+        inputs=partial(Arc, mirrors=True),
+        outputs=Arc,
+        nonlinearity="swish",
+        bias=False,
+    ),
+    on_samples(
+        "one-by-one",
+        2,
+        3,
+        inputs=Arc,
+        outputs=partial(Points, [0.3]),
+        kernel=1,
+        size=(2, 2),
     ),
 ]

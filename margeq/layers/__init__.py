@@ -17,10 +17,19 @@ from margeq.layers.group_pooling import (
     SplitGroup,
 )
 from margeq.layers.irreps import IrrepGroupConv2d
+from margeq.layers.kernel import ImplicitKernel
 from margeq.layers.lifting import LiftingConv2d
 from margeq.layers.partial import PartialGroupConv2d, PartialLiftingConv2d
+from margeq.layers.partial_mc import MonteCarloGroupConv2d, MonteCarloLiftingConv2d
 from margeq.layers.pathways import ResidualPathways
 from margeq.layers.pooling import PolyphaseSubsample
+from margeq.layers.samples import (
+    GroupDistribution,
+    GroupSampler,
+    GroupSamples,
+    IdentityElement,
+    redraw,
+)
 from margeq.layers.separable import PairSeparableConv2d, SeparableGroupConv2d
 from margeq.layers.sizes import SizeFault, check_sizes, require_exact_sizes
 from margeq.layers.sparse import SparseConv2d
@@ -32,14 +41,21 @@ __all__ = [
     "EquivariantLinear",
     "FactoredLinear2d",
     "GroupConv2d",
+    "GroupDistribution",
     "GroupGate",
     "GroupPool",
+    "GroupSampler",
+    "GroupSamples",
+    "IdentityElement",
+    "ImplicitKernel",
     "IrrepGroupConv2d",
     "LearnedSubset",
     "Lift",
     "LiftingConv2d",
     "Linear2d",
     "MergeGroup",
+    "MonteCarloGroupConv2d",
+    "MonteCarloLiftingConv2d",
     "PairSeparableConv2d",
     "PartialGroupConv2d",
     "PartialLiftingConv2d",
@@ -58,6 +74,7 @@ __all__ = [
     "_normalisation",
     "check_sizes",
     "expand_to",
+    "redraw",
     "require_exact_sizes",
     "to_conv2d",
 ]
