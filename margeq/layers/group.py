@@ -10,7 +10,7 @@ from torch import Tensor
 
 from margeq.curvature.frames import BasisFrames, PixelFrames
 from margeq.curvature.io import InputRows, PositionSampler, Rule, register_split_rule
-from margeq.errors import ConfigError, DataError
+from margeq.errors import ConfigError
 from margeq.groups import FiniteGroup
 from margeq.layers.convolution import patch_rows
 from margeq.layers.planar import PlanarConv
@@ -135,23 +135,11 @@ class GroupConv2d(PlanarConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[n, I, |H|, y, x]`` to ``[n, O, |H|, y', x']``."""
-        self.check_input(x)
+        self.check_map(x)
         if self.mixes_elements:
             y = self.window.convolve(x.flatten(1, 2), self.kept_filters(), self.expanded_bias())
             return y.unflatten(1, (self.out_channels, self.order))
         return self._depthwise(x) if self._is_depthwise else self._pointwise(x)
-
-    def check_input(self, x: Tensor) -> None:
-        """Refuse what is no map on the group.
-
-        Raises:
-            DataError: naming both shapes.
-        """
-        if x.ndim != 5 or x.shape[1:3] != (self.in_channels, self.order):
-            raise DataError(
-                f"GroupConv2d takes maps [n, {self.in_channels}, {self.order}, y, x] on "
-                f"{self.group!r}, got {tuple(x.shape)}"
-            )
 
     @property
     def _is_depthwise(self) -> bool:

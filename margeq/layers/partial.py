@@ -225,7 +225,7 @@ class PartialGroupConv2d(GroupConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[n, I, |H|, y, x]`` to ``[n, O, |H|, y', x']``."""
-        self.check_input(x)
+        self.check_map(x)
         live, seen = self.gate.live(), self.seen()
         if len(seen) < self.order:
             x = x.index_select(2, seen.to(x.device))

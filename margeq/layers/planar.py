@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from margeq.counts import is_count
 from margeq.curvature.io import InputRows, bias_rows
-from margeq.errors import ConfigError
+from margeq.errors import ConfigError, DataError
 from margeq.filters import rotated_basis
 from margeq.groups import FiniteGroup
 from margeq.groups.planar import is_exact, stencil
@@ -138,6 +138,18 @@ class PlanarConv(Expandable):
     def expand(self) -> Tensor:
         """The filters of all elements, as the convolution takes them."""
         raise NotImplementedError
+
+    def check_map(self, x: Tensor) -> None:
+        """Refuse what is no map on the group.
+
+        Raises:
+            DataError: naming both shapes.
+        """
+        if x.ndim != 5 or x.shape[1:3] != (self.in_channels, self.order):
+            raise DataError(
+                f"{type(self).__name__} takes maps [n, {self.in_channels}, {self.order}, y, x] on "
+                f"{self.group!r}, got {tuple(x.shape)}"
+            )
 
     def extra_repr(self) -> str:
         """Arguments, for ``print(model)``."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from margeq.curvature.io import InputRows, PositionSampler, Rule, register_split_rule
-from margeq.errors import ConfigError, DataError
+from margeq.errors import ConfigError
 from margeq.groups import FiniteGroup
 from margeq.layers.convolution import patch_rows
 from margeq.layers.expandable import Expandable
@@ -241,11 +241,7 @@ class PairSeparableConv2d(PlanarConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[n, I, |H|, y, x]`` to ``[n, O, |H|, y', x']``."""
-        if x.ndim != 5 or x.shape[1:3] != (self.in_channels, self.order):
-            raise DataError(
-                f"PairSeparableConv2d takes maps [n, {self.in_channels}, {self.order}, y, x] on "
-                f"{self.group!r}, got {tuple(x.shape)}"
-            )
+        self.check_map(x)
         filters = self.products().flatten(2, 3).flatten(0, 1)
         y = self.window.convolve(x.flatten(1, 2), filters, self.expanded_bias())
         return y.unflatten(1, (self.out_channels, self.order))
