@@ -73,6 +73,17 @@ def test_upright_sixes_have_their_weight_above_the_middle(data):
         assert 0 < labels.float().mean() < 1
 
 
+def test_half_turns_are_exact_and_told_apart(data):
+    plain = [torch.tensor(top_heavy(n, k)[::2]) / 255 for k, n in enumerate((80, 20))]
+    task = mnist6_180(data_dir=data, n_validation=None, turns="half")
+    for originals, (images, labels) in zip(plain, all_parts(task)[::2], strict=True):
+        turned = torch.where((labels == 0)[:, None, None], originals.flip(1, 2), originals)
+        torch.testing.assert_close(images[:, 0], turned, rtol=0, atol=1e-4)
+        assert 0 < labels.float().mean() < 1
+    with pytest.raises(ConfigError, match="turns='quarter'"):
+        mnist6_180(data_dir=data, turns="quarter")
+
+
 def test_turns_go_all_round_the_circle(data):
     pictures = mnist6_180(data_dir=data, n_validation=None).train_images[:, 0]
     x = torch.arange(28.0) - 13.5

@@ -6,6 +6,9 @@ averages over all turns, or both mirror images, sees no difference. It takes par
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -14,7 +17,7 @@ from margeq.data.geometry import rotated
 from margeq.data.recipes import Recipe, render_task
 from margeq.data.sources import Folder, mnist_source
 from margeq.data.tasks import ImageTask
-from margeq.errors import DataError
+from margeq.errors import ConfigError, DataError
 
 __all__ = ["mnist6_180", "mnist6_mirror"]
 
@@ -30,10 +33,14 @@ def _mirrored(images: Tensor, draws: Tensor) -> Tensor:
     return torch.where((draws < 0.5)[:, None, None, None], images.flip(3), images)
 
 
-_TURNED_SIX = Recipe(
-    lambda n, generator: 360 * torch.rand(n, generator=generator),
-    rotated, _is_upright, ("upside down", "upright"),
-)  # fmt: skip
+_ANGLES: dict[str, Callable[[int, torch.Generator], Tensor]] = {
+    "circle": lambda n, generator: 360 * torch.rand(n, generator=generator),
+    "half": lambda n, generator: 180.0 * torch.randint(2, (n,), generator=generator),
+}
+_TURNED_SIX = {
+    turns: Recipe(draw, rotated, _is_upright, ("upside down", "upright"))
+    for turns, draw in _ANGLES.items()
+}
 _MIRRORED_SIX = Recipe(
     lambda n, generator: torch.rand(n, generator=generator),
     _mirrored, lambda labels, draws: (draws < 0.5).to(labels), ("plain", "mirrored"),
@@ -48,13 +55,17 @@ def mnist6_180(
     seed: int = 0,
     *,
     n_validation: int | None = _N_VALIDATION,
+    turns: Literal["circle", "half"] = "circle",
     download: bool = True,
 ) -> ImageTask:
-    """MNIST's sixes, each turned once by an angle uniform on the circle: upright or not?
+    """MNIST's sixes, each turned once about its centre: upright or not?
 
     The answer is 1 (``"upright"``) for turns of less than 90 degrees to either side, else 0. A
     network that is invariant to all turns cannot know it; one that is invariant to none wastes
     what turned sixes have in common.
+
+    Sixes are written with different slants, so that turns near 90 degrees can only be guessed: over
+    the whole circle no network answers all of them.
 
     Args:
         size: side of the pictures.
