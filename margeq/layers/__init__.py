@@ -6,7 +6,7 @@ from margeq.layers.dense import Linear2d
 from margeq.layers.equivariant import EquivariantLinear
 from margeq.layers.expansion import expand_to, to_conv2d
 from margeq.layers.factored import FactoredLinear2d
-from margeq.layers.gate import GroupGate, LearnedSubset
+from margeq.layers.gate import GroupGate
 from margeq.layers.group import GroupConv2d
 from margeq.layers.group_pooling import (
     GroupPool,
@@ -36,6 +36,7 @@ from margeq.layers.sparse import SparseConv2d
 from margeq.layers.sparse_factored import SparseFactoredLinear2d
 from margeq.layers.sparse_group import SparseGroupConv2d
 from margeq.layers.subgroup import SubgroupConv2d
+from margeq.subsets import LearnedSubset
 
 __all__ = [
     "EquivariantLinear",
