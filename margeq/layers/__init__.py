@@ -19,6 +19,7 @@ from margeq.layers.group_pooling import (
 from margeq.layers.irreps import IrrepGroupConv2d
 from margeq.layers.kernel import ImplicitKernel
 from margeq.layers.lifting import LiftingConv2d
+from margeq.layers.monotone import MonotoneGates, monotone_penalty
 from margeq.layers.partial import PartialGroupConv2d, PartialLiftingConv2d
 from margeq.layers.partial_mc import MonteCarloGroupConv2d, MonteCarloLiftingConv2d
 from margeq.layers.pathways import ResidualPathways
@@ -55,6 +56,7 @@ __all__ = [
     "LiftingConv2d",
     "Linear2d",
     "MergeGroup",
+    "MonotoneGates",
     "MonteCarloGroupConv2d",
     "MonteCarloLiftingConv2d",
     "PairSeparableConv2d",
@@ -75,6 +77,7 @@ __all__ = [
     "_normalisation",
     "check_sizes",
     "expand_to",
+    "monotone_penalty",
     "redraw",
     "require_exact_sizes",
     "to_conv2d",
