@@ -271,10 +271,10 @@ class GroupGate(nn.Module):
 
     def extra_repr(self) -> str:
         """Group and present gates, for ``print(model)``."""
-        mirror = f", mirror={float(self.mirror):.3g}" if self.has_mirror else ""
+        mirror = f", mirror={self.mirror.item():.3g}" if self.has_mirror else ""
         kind = "" if self.scale == "variance" else f", scale={self.scale!r}"
         owner = "" if self.trained_by == "evidence" else f", trained_by={self.trained_by!r}"
-        return f"{self.group!r}, width={float(self.width):.3g}{mirror}{owner}{kind}"
+        return f"{self.group!r}, width={self.width.item():.3g}{mirror}{owner}{kind}"
 
 
 def _structure(group: FiniteGroup) -> tuple[int, bool]:
