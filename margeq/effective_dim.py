@@ -18,6 +18,7 @@ from margeq.laplace import Spectrum, effective_parameters
 from margeq.likelihoods import Likelihood
 from margeq.paths import path_prefixes
 from margeq.priors import GaussianPrior
+from margeq.subsets import LearnedSubset, gate_label, learned_subsets
 
 __all__ = [
     "OFF_SHARE",
@@ -91,11 +92,19 @@ class PathRow:
 
 @dataclass(frozen=True)
 class EffectiveDimension:
-    """The learned-symmetry table; ``print`` it, or read ``paths``, ``tensors`` and ``selected``."""
+    """The learned-symmetry table; ``print`` it, or read its parts.
+
+    Attributes:
+        paths: a row per layer and path.
+        tensors: a row per weight tensor.
+        selected: layer -> path with the largest share of function variance.
+        subsets: gate -> what it leaves of its group.
+    """
 
     paths: tuple[PathRow, ...]
     tensors: tuple[TensorRow, ...]
     selected: Mapping[str, str] = field(default_factory=dict)
+    subsets: Mapping[str, LearnedSubset] = field(default_factory=dict)
 
     def of(self, layer: str, path: str) -> PathRow:
         """The row of one path.
@@ -127,10 +136,11 @@ class EffectiveDimension:
                 _without_nan(asdict(row) | {"normalised": row.normalised}) for row in self.tensors
             ],
             "selected": dict(self.selected),
+            "subsets": {name: subset.to_dict() for name, subset in self.subsets.items()},
         }
 
     def __str__(self) -> str:
-        """A fixed-width table."""
+        """A fixed-width table, and a line per gate."""
         header = (
             f"{'layer':<16} {'path':<8} {'parameters':>10} {'prior prec.':>11} {'effective':>10} "
             f"{'eff./P':>7} {'relative':>8} {'function':>8}  verdict"
@@ -142,6 +152,7 @@ class EffectiveDimension:
                 f"{r.effective:>10.1f} {r.normalised:>7.1%} {r.relative:>8.1%} "
                 f"{r.function_share:>8.1%}  {r.verdict}"
             )
+        lines += [f"{gate_label(name)}: {subset}" for name, subset in self.subsets.items()]
         return "\n".join(lines)
 
 
@@ -165,7 +176,7 @@ def effective_dimension(
 
     Returns:
         Rows per tensor and path; ``selected`` names the path with the largest function share of
-        each layer.
+        each layer, ``subsets`` what each gate leaves.
     """
     tensors = _tensor_rows(model, effective_parameters(spectrum, prior, likelihood), prior)
     by_share = shares(variances)
@@ -177,7 +188,7 @@ def effective_dimension(
     selected = {
         layer: max(s, key=s.__getitem__) for layer, s in by_share.items() if sum(s.values())
     }
-    return EffectiveDimension(tuple(rows), tuple(tensors), selected)
+    return EffectiveDimension(tuple(rows), tuple(tensors), selected, learned_subsets(model))
 
 
 def _tensor_rows(

@@ -127,7 +127,10 @@ def optimize_marglik(
         mc_samples: columns of the Monte-Carlo root.
         kfac_approx: ``"expand"``, ``"reduce"``, or a mapping by layer name.
         restarts: ``"auto"`` (the symmetric start, a free start, and each path alone; one run from
-            the current weights without candidate paths), or names of starts.
+            the current weights without candidate paths), or names of starts. A name can end in
+            ``"@whole"`` or ``"@identity"``: group gates that the evidence trains then begin at the
+            whole group, or at the identity alone, instead of where the model has them. With such
+            gates ``"auto"`` also has its first start from both of these ends.
         batch_fn: turns a batch into ``(inputs, targets)``.
         deterministic: use PyTorch's deterministic algorithms meanwhile.
         checkpoint_dir: not available in this version.
@@ -182,7 +185,8 @@ def optimize_marglik(
         n_epochs, n_epochs_burnin, marglik_frequency, n_hypersteps, lr_hyp, hyper_solver,
         optimizer_cls, optimizer_kwargs, scheduler_cls, scheduler_kwargs, network_gradient,
     )  # fmt: skip
-    starts = resolve_starts(model, restarts)
+    moving = {} if hyper_solver == "fixed" else inside
+    starts = resolve_starts(model, restarts, moving.values())
     bar = progress_callback(progress)
     emit = _Fan([*callbacks, *([bar] if bar else [])])
     rewind = Rewind(model, (train_loader, marglik_loader), inside.values())

@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from typing import Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["PathSum", "Shapes", "all_paths_on", "path_prefixes", "path_sums"]
+from margeq.parameters import matches
+
+__all__ = ["PathSum", "Shapes", "all_paths_on", "idle_parameters", "path_prefixes", "path_sums"]
 
 
 Shapes = Mapping[nn.Module, tuple[torch.Size, torch.Size]]
@@ -57,6 +59,20 @@ def path_prefixes(model: nn.Module) -> dict[str, dict[str, str]]:
         }
         for layer, pathways in path_sums(model).items()
     }
+
+
+def idle_parameters(model: nn.Module) -> list[Tensor]:
+    """Parameters that stand in paths which are off, and nowhere else."""
+    sums = path_sums(model)
+    off = [
+        prefix
+        for layer, named in path_prefixes(model).items()
+        for path, prefix in named.items()
+        if path not in sums[layer].active
+    ]
+    everywhere = list(model.named_parameters(remove_duplicate=False))
+    at_work = {id(parameter) for name, parameter in everywhere if not matches(name, off)}
+    return [p for p in model.parameters() if id(p) not in at_work]
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from margeq.config import DemoConfig
 from margeq.demo import Answer, Listener, run_demo
 from margeq.effective_dim import EffectiveDimension
 from margeq.errors import ConfigError, ConvergenceWarning
-from margeq.report.table import symmetry_table
+from margeq.report.table import subset_lines, symmetry_table
 
 __all__ = ["show_demo"]
 
@@ -105,6 +105,8 @@ class _Face(Listener):
         say(symmetry_table(dimension, title))
         for number, line in enumerate(_verdicts(dimension)):
             say(f"{'' if number else 'verdict':<12} {line}")
+        for number, line in enumerate(subset_lines(dimension)):
+            say(f"{'' if number else 'gates':<12} {line}")
         tries = "   ".join(
             f"{r.start} {r.log_marginal_likelihood / result.n_data:.3f}{' ← kept' * r.kept}"
             for r in result.restarts

@@ -87,7 +87,8 @@ def by_double_backward(p: Problem):
             outputs = p.model(p.x)
         keys = reseeded(sample_keys(p.x), p.options.seed)
         for term in sums.input_terms(uses, p.x, keys):
-            product = torch.einsum("ntbi,ntbj->bij", term.rows, term.rows)
+            rows = term.expanded_rows()
+            product = torch.einsum("ntbi,ntbj->bij", rows, rows)
             covs[term.name]["input_cov"] += term.scale * product
         root, everyone = p.likelihood.root(outputs), torch.arange(len(p.x))
         for v in range(root.n_columns):

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "margeq"
 
 LAYOUT = [
     ["errors", "groups", "group_distributions", "bases", "filters", "linalg", "counts"],
-    ["parameters", "paths", "curvature", "batches"],
+    ["parameters", "paths", "subsets", "curvature", "batches"],
     ["layers"],
     ["likelihoods", "priors"],
     [

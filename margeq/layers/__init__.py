@@ -6,7 +6,7 @@ from margeq.layers.dense import Linear2d
 from margeq.layers.equivariant import EquivariantLinear
 from margeq.layers.expansion import expand_to, to_conv2d
 from margeq.layers.factored import FactoredLinear2d
-from margeq.layers.gate import GroupGate, LearnedSubset
+from margeq.layers.gate import GroupGate
 from margeq.layers.group import GroupConv2d
 from margeq.layers.group_pooling import (
     GroupPool,
@@ -19,6 +19,7 @@ from margeq.layers.group_pooling import (
 from margeq.layers.irreps import IrrepGroupConv2d
 from margeq.layers.kernel import ImplicitKernel
 from margeq.layers.lifting import LiftingConv2d
+from margeq.layers.monotone import MonotoneGates, monotone_penalty
 from margeq.layers.partial import PartialGroupConv2d, PartialLiftingConv2d
 from margeq.layers.partial_mc import MonteCarloGroupConv2d, MonteCarloLiftingConv2d
 from margeq.layers.pathways import ResidualPathways
@@ -36,6 +37,7 @@ from margeq.layers.sparse import SparseConv2d
 from margeq.layers.sparse_factored import SparseFactoredLinear2d
 from margeq.layers.sparse_group import SparseGroupConv2d
 from margeq.layers.subgroup import SubgroupConv2d
+from margeq.subsets import LearnedSubset
 
 __all__ = [
     "EquivariantLinear",
@@ -54,6 +56,7 @@ __all__ = [
     "LiftingConv2d",
     "Linear2d",
     "MergeGroup",
+    "MonotoneGates",
     "MonteCarloGroupConv2d",
     "MonteCarloLiftingConv2d",
     "PairSeparableConv2d",
@@ -74,6 +77,7 @@ __all__ = [
     "_normalisation",
     "check_sizes",
     "expand_to",
+    "monotone_penalty",
     "redraw",
     "require_exact_sizes",
     "to_conv2d",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -15,8 +14,9 @@ from margeq.errors import ConfigError, DataError
 from margeq.group_distributions import Interval, from_share, share_between
 from margeq.groups.finite import FiniteGroup
 from margeq.groups.planar import C, D
+from margeq.subsets import LearnedSubset
 
-__all__ = ["GroupGate", "LearnedSubset"]
+__all__ = ["GroupGate"]
 
 TrainedBy = Literal["evidence", "loss"]
 GateScale = Literal["variance", "mean"]
@@ -24,42 +24,6 @@ _SCALES = ("variance", "mean")
 
 _LEAST = 1e-14
 """Stands in for a zero whose derivative is wanted: a ReLU, or a root, has none at zero itself."""
-
-
-@dataclass(frozen=True)
-class LearnedSubset:
-    """The part of a group that a gate leaves.
-
-    Attributes:
-        degrees: largest rotation, from 180 / n for the identity alone to 180 for all.
-        mirror: weight of the reflections from 0 to 1, ``None`` in a group without any.
-        n_rotations: number of rotations of the group.
-        nearest: the subgroup with gates of 0 and 1 that the subset is nearest to, or ``None`` for
-            rotations that are nearer to a part of the circle.
-    """
-
-    degrees: float
-    mirror: float | None
-    n_rotations: int
-    nearest: FiniteGroup | None
-
-    def __str__(self) -> str:
-        """In words.
-
-        Returns:
-            For instance ``rotations within ±85°, reflections off``.
-        """
-        smallest = 180.0 / self.n_rotations
-        if self.n_rotations == 1 or self.degrees <= smallest:
-            rotations = "no rotations"
-        elif self.degrees >= 180.0:
-            rotations = "all rotations"
-        else:
-            rotations = f"rotations within ±{self.degrees:.0f}°"
-        if self.mirror is None:
-            return rotations
-        ends = {0.0: "off", 1.0: "on"}
-        return f"{rotations}, reflections {ends.get(self.mirror, f'at {self.mirror:.0%}')}"
 
 
 class GroupGate(nn.Module):
@@ -78,7 +42,9 @@ class GroupGate(nn.Module):
     variance of that sum is the same at every width, so that prior precisions keep their meaning;
     with ``"mean"`` the mean over elements is the weighted mean, as before a
     :class:`GroupPool` of means. ReLUs and dropout commute with the gate; normalisation layers
-    belong in front of it, their shift would fill elements that are off. Where nothing stands
+    belong in front of it, their shift would fill elements that are off. Gradients of the evidence
+    can vanish at either end, so runs start between them, and :func:`margeq.optimize_marglik` also
+    from both ends (``restarts="auto"``, or ``"current@whole"`` and the like). Where nothing stands
     between a convolution and its gate, :class:`PartialGroupConv2d` is faster, and its Kronecker
     curvature leaves elements that are off out, which is closer to the exact one.
 
@@ -132,26 +98,58 @@ class GroupGate(nn.Module):
         self.n_rotations, self.has_mirror = _structure(group)
         self.raw_width = self.raw_mirror = None
         if self.n_rotations > 1:
-            self.raw_width = _raw("width", width, 1.0 / self.n_rotations)
+            self.raw_width = _parameter(_raw("width", width, 1.0 / self.n_rotations))
         if self.has_mirror:
-            self.raw_mirror = _raw("mirror", mirror, 0.0)
+            self.raw_mirror = _parameter(_raw("mirror", mirror, 0.0))
         by_evidence = trained_by == "evidence"
         self.hyperparameter_names = ("raw_width", "raw_mirror") if by_evidence else ()
         self._pinned: Tensor | None = None
+        self._pinned_shares: tuple[Tensor, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what can be computed again."""
-        return self.__dict__ | {"_pinned": None}
+        return self.__dict__ | {"_pinned": None, "_pinned_shares": None}
 
     @property
     def width(self) -> Tensor:
         """``u``, the share of the rotations that is left."""
-        return self._share(self.raw_width, 1.0 / self.n_rotations)
+        return self._shares()[0]
 
     @property
     def mirror(self) -> Tensor:
         """``v``, the weight of the reflections; 0 in a group without any."""
-        return self._share(self.raw_mirror, 0.0) * self.has_mirror
+        return self._shares()[1]
+
+    def _shares(self) -> tuple[Tensor, Tensor]:
+        if self._pinned_shares is not None:
+            return self._pinned_shares
+        width = self._share(self.raw_width, 1.0 / self.n_rotations)
+        return width, self._share(self.raw_mirror, 0.0) * self.has_mirror
+
+    @torch.no_grad()
+    def set_shares(self, width: float | None = None, mirror: float | None = None) -> None:
+        """Leave other shares of the group, in place.
+
+        Args:
+            width: ``u``, from ``1/n`` to 1, which are reached exactly; ``None`` leaves it.
+            mirror: ``v``, from 0 to 1, likewise.
+
+        Raises:
+            ConfigError: for a number out of range, or a mirror in a group without reflections.
+        """
+        if mirror is not None and not self.has_mirror:
+            raise ConfigError(
+                f"GroupGate: mirror={mirror!r}, but {self.group!r} has no reflections; leave it out"
+            )
+        least = 1.0 / self.n_rotations
+        # both are checked before one is written
+        raws = [
+            (self.raw_width, None if width is None else _raw("width", width, least)),
+            (self.raw_mirror, None if mirror is None else _raw("mirror", mirror, 0.0)),
+        ]
+        for parameter, raw in raws:
+            if parameter is not None and raw is not None:
+                parameter.fill_(raw)
 
     def _share(self, raw: Tensor | None, low: float) -> Tensor:
         if raw is None:
@@ -180,17 +178,29 @@ class GroupGate(nn.Module):
         """The factors computed once, and a leaf in their place while the context is open.
 
         Whether a gradient leads inwards can only be said of a whole one: it ends at the leaf, and
-        goes back to the width once in the end.
+        goes back to the width once in the end, together with that of a prior on the shares.
 
         Yields:
             The factors with their graph, and the leaf.
         """
+        self._pinned_shares = self._shares()
         factors = self._computed()
         self._pinned = factors.detach().requires_grad_(factors.requires_grad)
         try:
             yield factors, self._pinned
         finally:
-            self._pinned = None
+            self._pinned = self._pinned_shares = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is the identity map, which leaves the symmetry as it is."""
+        return bool((self.weights().detach() == 1.0).all())
+
+    @property
+    def n_profiles(self) -> int:
+        """Number of linearly independent weightings of the elements between its two ends."""
+        # rotations to both sides count alike
+        return (self.n_rotations // 2 + 1) * (1 + self.has_mirror)
 
     @torch.no_grad()
     def touched(self) -> Tensor:
@@ -261,10 +271,10 @@ class GroupGate(nn.Module):
 
     def extra_repr(self) -> str:
         """Group and present gates, for ``print(model)``."""
-        mirror = f", mirror={float(self.mirror):.3g}" if self.has_mirror else ""
+        mirror = f", mirror={self.mirror.item():.3g}" if self.has_mirror else ""
         kind = "" if self.scale == "variance" else f", scale={self.scale!r}"
         owner = "" if self.trained_by == "evidence" else f", trained_by={self.trained_by!r}"
-        return f"{self.group!r}, width={float(self.width):.3g}{mirror}{owner}{kind}"
+        return f"{self.group!r}, width={self.width.item():.3g}{mirror}{owner}{kind}"
 
 
 def _structure(group: FiniteGroup) -> tuple[int, bool]:
@@ -276,7 +286,11 @@ def _structure(group: FiniteGroup) -> tuple[int, bool]:
     raise ConfigError(f"GroupGate: group={group!r} must be C(n) or D(n), in their own order")
 
 
-def _raw(name: str, share: float, low: float) -> nn.Parameter:
+def _raw(name: str, share: float, low: float) -> float:
     if not (isinstance(share, int | float) and math.isfinite(share) and low <= share <= 1.0):
         raise ConfigError(f"GroupGate: {name}={share!r} must lie between {low:.4g} and 1")
-    return nn.Parameter(torch.tensor(from_share(share, low)))
+    return from_share(share, low) if low < 1.0 else 0.0  # of one rotation nothing can be left out
+
+
+def _parameter(raw: float) -> nn.Parameter:
+    return nn.Parameter(torch.tensor(raw))

@@ -86,6 +86,11 @@ class PartialLiftingConv2d(LiftingConv2d):
         super().__init__(in_channels, out_channels, kernel_size, group=group, **options)
         self.gate = _gate_of(self, gate, width, mirror, trained_by, scale)
 
+    @property
+    def span_dimension(self) -> int:
+        """Dimension of the span of its maps at all gates; of a gate at the whole group, there."""
+        return _span(self, self.gate)
+
     def live_filters(self, live: Tensor) -> Tensor:
         """Filters of some output elements, ``[O * l, I / groups, k, k]``."""
 
@@ -188,6 +193,11 @@ class PartialGroupConv2d(GroupConv2d):
         self._input_gate = (input_gate,)  # in a tuple, so that it is no module of this one
 
     @property
+    def span_dimension(self) -> int:
+        """Dimension of the span of its maps at all gates; of a gate at the whole group, there."""
+        return _span(self, self.gate)
+
+    @property
     def input_gate(self) -> GroupGate | None:
         """The gate through which the input came."""
         return self._input_gate[0]
@@ -253,6 +263,11 @@ def _require_group(name: str, gate: GroupGate | None, layer: PlanarConv) -> None
             f"{type(layer).__name__}: {name} is a gate on {gate.group!r}, the layer lies on "
             f"{layer.group!r}"
         )
+
+
+def _span(layer: PlanarConv, gate: GroupGate) -> int:
+    """More than that of the symmetric layer as soon as elements count differently."""
+    return layer.weight.numel() * (1 if gate.is_whole else gate.n_profiles)
 
 
 def _behind_filters(layer: PlanarConv, *gates: GroupGate) -> list[Tensor]:

@@ -15,6 +15,8 @@ from margeq.layers import (
     GroupPool,
     LiftingConv2d,
     MergeGroup,
+    PartialGroupConv2d,
+    PartialLiftingConv2d,
     PolyphaseSubsample,
     ResidualPathways,
     SplitGroup,
@@ -36,6 +38,8 @@ def group_digit_network(
     """Blocks of GCONV, CONV and F-FC between maps of a group, each halving the map.
 
     The spaces are nested, GCONV < CONV < F-FC: CONV has a filter for each pair of group elements.
+    Between GCONV and CONV lies PARTIAL: a GCONV, always of the full kind, whose output elements
+    count as much as a gate lets them, with a gate of its own in each block.
     All convolutions are 3x3 and circular, and share one polyphase phase per block. The head sees
     the mean over group and positions, so that GCONV alone cannot tell how anything is turned, and
     CONV alone not where it is.
@@ -43,7 +47,7 @@ def group_digit_network(
     Args:
         n_classes: number of outputs.
         group: rotations and reflections of the plane.
-        paths: any of ``"gconv"``, ``"conv"`` and ``"fc"``.
+        paths: any of ``"gconv"``, ``"partial"``, ``"conv"`` and ``"fc"``.
         separability: of GCONV after the first block.
         widths: channels after each block; each has all group elements.
         in_channels: channels of the picture.
@@ -111,6 +115,15 @@ def _gconv(block: _Block) -> nn.Module:
     )  # fmt: skip
 
 
+def _partial(block: _Block) -> nn.Module:
+    # no input_gate: other paths fill elements that the gate of the block before leaves out
+    make = PartialLiftingConv2d if block.first else PartialGroupConv2d
+    return make(
+        block.in_channels, block.out_channels, 3, group=block.group, padding=1,
+        padding_mode="circular",
+    )  # fmt: skip
+
+
 def _conv(block: _Block) -> nn.Module:
     return block.on_merged(nn.Conv2d(*block.merged, 3, padding=1, padding_mode="circular"))
 
@@ -120,4 +133,9 @@ def _fc(block: _Block) -> nn.Module:
     return block.on_merged(FactoredLinear2d(*block.merged, (block.size, block.size), (half, half)))
 
 
-_PATHS: dict[str, Callable[[_Block], nn.Module]] = {"gconv": _gconv, "conv": _conv, "fc": _fc}
+_PATHS: dict[str, Callable[[_Block], nn.Module]] = {
+    "gconv": _gconv,
+    "partial": _partial,
+    "conv": _conv,
+    "fc": _fc,
+}

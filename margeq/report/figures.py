@@ -1,4 +1,4 @@
-"""Figures of a result: evidence, precisions, effective parameters, filters."""
+"""Figures of a result: evidence, precisions, effective parameters, filters, subsets."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from margeq.effective_dim import PathRow
 from margeq.paths import path_prefixes
 from margeq.report.palette import path_colours
+from margeq.report.polar import subset_figure
 from margeq.training.result import MargLikResult
 
 __all__ = ["save_figures"]
@@ -23,7 +24,7 @@ _FADE_SHARE = 0.1
 
 
 def save_figures(result: MargLikResult, directory: Path, prefix: str = "") -> list[Path]:
-    """Write evidence, precisions, effective parameters and filters as PNG files.
+    """Write evidence, precisions, effective parameters, filters and subsets as PNG files.
 
     Args:
         result: a finished run.
@@ -38,6 +39,7 @@ def save_figures(result: MargLikResult, directory: Path, prefix: str = "") -> li
         "precisions": precision_figure(result),
         "effective": effective_figure(result),
         "filters": filter_figure(result.model),
+        "subsets": subset_figure(result.model),
     }
     written = []
     for name, figure in figures.items():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["path_colours"]
+__all__ = ["REFLECTIONS", "ROTATIONS", "path_colours"]
+
+ROTATIONS, REFLECTIONS = "#0072B2", "#E69F00"
 
 _KNOWN = {"conv": "#0072B2", "fc": "#D55E00"}
 _OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")

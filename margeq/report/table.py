@@ -7,8 +7,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from margeq.effective_dim import EffectiveDimension, PathRow
+from margeq.subsets import gate_label
 
-__all__ = ["symmetry_table"]
+__all__ = ["subset_lines", "symmetry_table"]
 
 _BAR = 7
 _STYLES = {"selected": "bold green", "mixed": "yellow", "off": "dim"}
@@ -32,6 +33,11 @@ def symmetry_table(dimension: EffectiveDimension, title: str) -> Table:
     for row in dimension.paths:
         table.add_row(*_cells(row), style=_STYLES.get(row.verdict, ""))
     return table
+
+
+def subset_lines(dimension: EffectiveDimension) -> list[str]:
+    """One line per gate, for below the table; names are escaped."""
+    return [escape(f"{gate_label(name)}: {subset}") for name, subset in dimension.subsets.items()]
 
 
 def _cells(row: PathRow) -> list[str]:

@@ -23,6 +23,7 @@ from margeq.curvature.options import KfacOptions
 from margeq.errors import ConfigError, NonFiniteError
 from margeq.likelihoods import Likelihood
 from margeq.parameters import named_hyperparameters, requiring_grad
+from margeq.paths import idle_parameters
 from margeq.priors import GaussianPrior
 from margeq.revisit import ALL_DATA, Revisit
 
@@ -210,6 +211,9 @@ class NetworkSteps:
     ) -> None:
         """Move the hyperparameters, and weights whose filters are held.
 
+        Those of paths that are off stay where they are, against the momentum of earlier steps and
+        against their priors: a path that is probed later begins with what the data said last.
+
         Raises:
             NonFiniteError: naming a hyperparameter whose gradient is not finite.
         """
@@ -217,17 +221,19 @@ class NetworkSteps:
         for candidate in self._fixed:
             if state.kron[candidate.weight].n_shared > 0:  # not in a path that is off
                 state = self._move_filters_fixed(candidate, state, prior, likelihood)
-        if not self._visited:
+        idle = {id(tensor) for tensor in idle_parameters(self._model)}
+        visited = {n: t for n, t in self._visited.items() if id(t) not in idle}
+        if not visited:
             return
         # other signs and other batches in every update
         chosen = self._options.revisit
         revisit = replace(chosen, seed=chosen.seed + curvature.seed)
         grads = network_gradient(
-            self._model, loader, state, prior, likelihood, self._visited, curvature,
+            self._model, loader, state, prior, likelihood, visited, curvature,
             revisit=revisit, parameters=self._parameters, batch_fn=batch_fn,
         )  # fmt: skip
         for name, grad in grads.items():
-            self._ascend(name, self._visited[name], grad)
+            self._ascend(name, visited[name], grad)
 
     def _move_filters_fixed(
         self,

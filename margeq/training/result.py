@@ -15,6 +15,7 @@ from margeq.function_share import Variances
 from margeq.laplace import Spectrum
 from margeq.likelihoods import Likelihood
 from margeq.priors import GaussianPrior
+from margeq.subsets import LearnedSubset, learned_subsets
 from margeq.training.history import History
 
 __all__ = ["Diagnostics", "MargLikResult", "Restart"]
@@ -107,6 +108,11 @@ class MargLikResult:
     def selected(self) -> Mapping[str, str]:
         """Layer -> path with the largest share of function variance."""
         return self.effective_dimension().selected
+
+    @property
+    def learned_subsets(self) -> Mapping[str, LearnedSubset]:
+        """Gate -> what it leaves of its group."""
+        return learned_subsets(self.model)
 
     def effective_dimension(self) -> EffectiveDimension:
         """Effective parameters and verdict per tensor, layer and path."""

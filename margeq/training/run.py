@@ -111,6 +111,7 @@ class _Run:
             start,
             function_scale_prior=problem.function_scale_prior,
             seed=problem.seed,
+            hyperparameters=problem.hyperparameters.values(),
         )
         self._norms = HeldNorms(model, weights, problem.scale, problem.first_inputs)
         trainable = [p for p in model.parameters() if p.requires_grad]
