@@ -1,4 +1,4 @@
-"""How much of a symmetry do pictures have? (Romero & Lohit 2022, tables 2 to 5, figures 5 and 6.)
+"""How much of a symmetry pictures have (Romero & Lohit 2022, tables 2 to 5, figures 5 and 6).
 
 Tasks: ``rotmnist``, digits turned by an angle uniform on the circle (made from MNIST, not the
 published files); ``mnist``, upright ones; ``cifar10``; ``cifar100``, from files of one's own.

@@ -134,6 +134,11 @@ _GPU30_TOY = replace(
 
 _CPU_TOY = replace(
     _GPU30_TOY,
+    questions=(
+        ("mnist6-half", ("full-p4", "partial-p4", *_MC_TURNS)),
+        ("mnist6-mirror", (*_MIRRORS, *_MC_MIRRORS)),
+        ("mnist6-180", _TURNS),
+    ),
     size=14,
     n_train=2000,
     widths=(6, 6, 12),
@@ -203,7 +208,7 @@ _CPU = replace(
     _CPU_TOY,
     questions=(
         ("rotmnist", (*_GATES, "mc-full-se2-4", "mc-partial-se2-4")),
-        ("mnist", ("t2", "full-p4", "partial-p4", "partial-p4+monotone")),
+        ("mnist", ("full-p4", "partial-p4")),
         ("cifar10", _GATES),
     ),
     loss_only=_PAPER.loss_only,
@@ -214,6 +219,7 @@ _CPU = replace(
     epochs=32,
     burnin=4,
     frequency=4,
+    starts=("current", "current@whole"),
 )
 """2,000 pictures of 16 × 16 pixels."""
 

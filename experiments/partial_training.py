@@ -96,8 +96,14 @@ def partial_cells(
 
 def resolved(cell: Cell, settings: PartialSettings) -> dict[str, Any]:
     """All settings of one run, and not which other runs its table has."""
-    others = ("questions", "loss_only", "seeds")
+    others = ["questions", "loss_only", "seeds"]
+    others += [] if on_samples(cell.model) else [name for name in asdict(settings) if "mc_" in name]
     return {name: value for name, value in asdict(settings).items() if name not in others}
+
+
+def on_samples(model: str) -> bool:
+    """Whether a network's maps lie on samples of the group, not on a grid."""
+    return model.startswith(("mc-", "cnn13-"))
 
 
 def in_short(record: dict[str, Any]) -> str:
@@ -161,9 +167,9 @@ def _by_loss(
     model: nn.Module, task: ImageTask, cell: Cell, settings: PartialSettings
 ) -> dict[str, Any]:
     """Adam on the cross entropy; gates and widths have a learning rate of their own."""
-    on_samples = cell.model.startswith(("mc-", "cnn13-"))
-    epochs = settings.mc_epochs if on_samples else settings.epochs
-    lr = settings.mc_lr if on_samples else settings.lr
+    epochs, lr = settings.epochs, settings.lr
+    if on_samples(cell.model):
+        epochs, lr = settings.mc_epochs, settings.mc_lr
     device = next(model.parameters()).device
     loader = task.train_loader(settings.batch_size, seed=cell.seed)
     optimizer = torch.optim.Adam(_by_rate(model, lr, settings.gate_lr))

@@ -88,9 +88,11 @@ def test_with_the_whole_group_it_is_a_second_group_convolution(group):
     for layer in (0, 2):
         paths = other[layer].paths
         state = paths["partial"].state_dict()
-        paths["partial"] = paths["gconv"].__class__(
-            *((1, 2) if layer == 0 else (2, 2)), 3, group=group, padding=1
-        ).double()
+        paths["partial"] = (
+            paths["gconv"]
+            .__class__(*((1, 2) if layer == 0 else (2, 2)), 3, group=group, padding=1)
+            .double()
+        )
         paths["partial"].load_state_dict({n: v for n, v in state.items() if "gate" not in n})
     close(model(x), other(x))
     paths = [m(x) for m in model[0].paths.values()]
@@ -284,7 +286,7 @@ def test_network_of_digits_with_a_partial_path(group):
     }
     assert model(torch.zeros(3, 1, 8, 8)).shape == (3, 2)
     assert model.layer2.paths["partial"].input_gate is None
-    with pytest.raises(ConfigError, match="use any of .*'partial'"):
+    with pytest.raises(ConfigError, match=r"use any of .*'partial'"):
         digits_model(("gate",))
 
 

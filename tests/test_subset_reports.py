@@ -148,7 +148,10 @@ def test_rows_of_six_with_names_and_words():
     model = nn.Sequential(first, second, *(GroupGate(C(8), 0.3) for _ in range(7)))
     figure = subset_figure(model)
     assert [axis.get_title() for axis in figure.axes] == ["0", *map(str, range(2, 9))]
-    assert [axis.get_xlabel() for axis in figure.axes][:2] == ["no rotations", "rotations within ±54°"]
+    assert [axis.get_xlabel() for axis in figure.axes][:2] == [
+        "no rotations",
+        "rotations within ±54°",
+    ]
     places = [axis.get_subplotspec().rowspan.start for axis in figure.axes]
     assert places == [0] * 6 + [1] * 2
     assert not figure.legends

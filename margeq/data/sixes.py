@@ -75,20 +75,23 @@ def mnist6_180(
         seed: seed of the choices and of the angles; the global random state is not used.
         n_validation: number of sixes for choices between runs, taken from MNIST's 5,918 training
             sixes; None for no validation part.
+        turns: ``"circle"``, angles uniform on it; or ``"half"``, 0 or 180 degrees.
         download: see :func:`margeq.data.mnist`.
 
     Returns:
         The pictures ``[n, 1, size, size]`` in [0, 1], and the labels.
 
     Raises:
-        ConfigError: if there are not that many sixes.
+        ConfigError: if there are not that many sixes, or for other turns.
         DataError: if MNIST is not found.
 
     Reference:
         Romero & Lohit (2022), section 6 (MNIST6-180).
     """
+    if turns not in _TURNED_SIX:
+        raise ConfigError(f"turns={turns!r}: use one of {tuple(_TURNED_SIX)}")
     numbers = n_train, n_test, n_validation
-    return _task("mnist6-180", _TURNED_SIX, numbers, size, seed, data_dir, download)
+    return _task("mnist6-180", _TURNED_SIX[turns], numbers, size, seed, data_dir, download)
 
 
 def mnist6_mirror(
