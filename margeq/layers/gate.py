@@ -14,6 +14,7 @@ from margeq.errors import ConfigError, DataError
 from margeq.group_distributions import Interval, from_share, share_between
 from margeq.groups.finite import FiniteGroup
 from margeq.groups.planar import C, D
+from margeq.layers.elements import place_elements, take_elements
 from margeq.subsets import LearnedSubset
 
 __all__ = ["GroupGate"]
@@ -226,23 +227,6 @@ class GroupGate(nn.Module):
         factors = self.factors()[live]
         return factors + _LEAST * (factors.detach() == 0)
 
-    def spread(self, maps: Tensor, live: Tensor) -> Tensor:
-        """Maps of live elements, weighted, among zeros.
-
-        Args:
-            maps: ``[n, c, l, *space]``.
-            live: their indices.
-
-        Returns:
-            ``[n, c, |H|, *space]``.
-        """
-        factors = self.live_factors(live).to(maps)
-        weighted = maps * factors.reshape(-1, *[1] * (maps.ndim - 3))
-        if len(live) == self.group.order:
-            return weighted
-        shape = (*maps.shape[:2], self.group.order, *maps.shape[3:])
-        return maps.new_zeros(shape).index_copy(2, live.to(maps.device), weighted)
-
     def forward(self, x: Tensor) -> Tensor:
         """Weight each element."""
         if x.ndim < 3 or x.shape[2] != self.group.order:
@@ -251,8 +235,9 @@ class GroupGate(nn.Module):
                 f"{tuple(x.shape)}"
             )
         live = self.live()
-        some = len(live) < self.group.order
-        return self.spread(x.index_select(2, live.to(x.device)) if some else x, live)
+        factors = self.live_factors(live).to(x)
+        weighted = take_elements(x, live) * factors.reshape(-1, *[1] * (x.ndim - 3))
+        return place_elements(weighted, live, self.group.order)
 
     @torch.no_grad()
     def learned_subset(self) -> LearnedSubset:

@@ -19,6 +19,7 @@ from margeq.curvature.io import (
 )
 from margeq.errors import ConfigError, DataError
 from margeq.groups.finite import FiniteGroup
+from margeq.layers.elements import place_elements, take_elements
 from margeq.layers.gate import GateScale, GroupGate, TrainedBy
 from margeq.layers.group import GroupConv2d
 from margeq.layers.lifting import LiftingConv2d
@@ -237,9 +238,8 @@ class PartialGroupConv2d(GroupConv2d):
         """Map ``[n, I, |H|, y, x]`` to ``[n, O, |H|, y', x']``."""
         self.check_map(x)
         live, seen = self.gate.live(), self.seen()
-        if len(seen) < self.order:
-            x = x.index_select(2, seen.to(x.device))
-        return _gated(self, x.flatten(1, 2), self.live_filters(live, seen), live)
+        some = take_elements(x, seen).flatten(1, 2)
+        return _gated(self, some, self.live_filters(live, seen), live)
 
 
 def _gate_of(
@@ -278,10 +278,14 @@ def _behind_filters(layer: PlanarConv, *gates: GroupGate) -> list[Tensor]:
 def _gated(
     layer: PartialLiftingConv2d | PartialGroupConv2d, x: Tensor, filters: Tensor, live: Tensor
 ) -> Tensor:
-    """Convolve with the filters of live elements, weight them, and fill up with zeros."""
-    bias = None if layer.bias is None else layer.bias.repeat_interleave(len(live))
-    y = layer.window.convolve(x, filters, bias)
-    return layer.gate.spread(y.unflatten(1, (layer.out_channels, len(live))), live)
+    """Convolve with the filters of live elements, weighted, and fill up with zeros."""
+    # filters and biases are smaller than maps
+    factors = layer.gate.live_factors(live).to(filters)
+    weighted = filters.unflatten(0, (layer.out_channels, -1)) * factors[:, None, None, None]
+    bias = None if layer.bias is None else (layer.bias[:, None] * factors).flatten()
+    y = layer.window.convolve(x, weighted.flatten(0, 1), bias)
+    live_maps = y.unflatten(1, (layer.out_channels, len(live)))
+    return place_elements(live_maps, live, layer.order)
 
 
 def _live_rows(
@@ -324,8 +328,7 @@ def _group_inputs(
     layer: PartialGroupConv2d, x: Tensor, sampler: PositionSampler
 ) -> Mapping[str, InputRows]:
     seen = layer.seen().to(x.device)
-    if len(seen) < layer.order:
-        x = torch.zeros_like(x).index_copy(2, seen, x.index_select(2, seen))
+    x = place_elements(take_elements(x, seen), seen, layer.order)
     return _live_rows(layer, x, _GROUP_CONV.inputs(layer, x, sampler)["weight"])
 
 
