@@ -17,7 +17,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from experiments.evaluate import evaluate
 from experiments.group_presets import PlainSettings
 from experiments.presets import PresetName
-from experiments.records import RESULTS, Cell, is_done, versions, write_record
+from experiments.records import RESULTS, Cell
+from experiments.resume import run_missing
 from experiments.runs import rate
 from margeq.data import ImageTask
 from margeq.data.batching import Augmentation, TensorLoader
@@ -87,21 +88,18 @@ def run_plain(experiment: PlainExperiment, options: PlainOptions) -> None:
     """Run every cell that has no record yet and say so line by line."""
     torch.set_num_threads(options.threads)
     settings = experiment.presets[options.preset]
-    software = versions()  # of the code that is loaded now, whatever happens to its files later
-    for cell in cells(experiment.name, options, settings):
-        path = cell.path(options.out)
-        if is_done(path, resolved(settings)):
-            print(f"{cell.name}: done before")
-            continue
+
+    def run(cell: Cell) -> dict[str, Any]:
         task = experiment.load(cell, settings, options.data_dir)
-        record = run_plain_cell(experiment, cell, settings, task, options.device)
-        write_record(path, {**record, "versions": software})
-        results = record["results"]
-        print(
-            f"{cell.name}: test error {100 - 100 * results['test']['accuracy']:.2f} %, training "
-            f"error {100 - 100 * results['train']['accuracy']:.2f} %; {record['seconds']:.0f} s",
-            flush=True,
-        )
+        return run_plain_cell(experiment, cell, settings, task, options.device)
+
+    wanted = cells(experiment.name, options, settings)
+    run_missing(wanted, options.out, lambda cell: resolved(settings), run, _errors)
+
+
+def _errors(record: Mapping[str, Any]) -> str:
+    test, train = (record["results"][part]["accuracy"] for part in ("test", "train"))
+    return f"test error {100 - 100 * test:.2f} %, training error {100 - 100 * train:.2f} %"
 
 
 def cells(experiment: str, options: PlainOptions, settings: PlainSettings) -> Iterator[Cell]:

@@ -18,7 +18,8 @@ from torch.optim.lr_scheduler import LambdaLR
 import margeq
 from experiments.evaluate import evaluate
 from experiments.presets import PresetName, Settings, Training
-from experiments.records import RESULTS, Cell, is_done, versions, write_record
+from experiments.records import RESULTS, Cell
+from experiments.resume import run_missing
 from experiments.summary import starts, summary
 from margeq.curvature.options import KfacOptions
 from margeq.data import ImageTask, random_shift_flip
@@ -88,21 +89,22 @@ def run_table(
     # weights that the evidence prices out shrink to denormal numbers, which are slow on CPUs
     torch.set_flush_denormal(True)
     settings = presets[options.preset]
-    software = versions()  # of the code that is loaded now, whatever happens to its files later
-    for cell in cells(experiment, options, settings):
-        path = cell.path(options.out)
-        if is_done(path, resolved(cell, settings)):
-            print(f"{cell.name}: done before")
-            continue
+
+    def run(cell: Cell) -> dict[str, Any]:
         task = load(cell, settings, options.data_dir)
-        record = run_cell(cell, settings, task, options.device, build)
-        write_record(path, {**record, "versions": software})
-        test, evidence = record["results"]["test"], record["results"]["log_evidence_per_datum"]
-        print(
-            f"{cell.name}: evidence {evidence:.3f} nats per datum, test accuracy "
-            f"{test['accuracy']:.2%}, NLL {test['nll']:.3f}; {record['seconds']:.0f} s",
-            flush=True,
-        )
+        return run_cell(cell, settings, task, options.device, build)
+
+    wanted = cells(experiment, options, settings)
+    run_missing(wanted, options.out, lambda cell: resolved(cell, settings), run, _in_short)
+
+
+def _in_short(record: Mapping[str, Any]) -> str:
+    results = record["results"]
+    test, evidence = results["test"], results["log_evidence_per_datum"]
+    return (
+        f"evidence {evidence:.3f} nats per datum, test accuracy {test['accuracy']:.2%}, NLL "
+        f"{test['nll']:.3f}"
+    )
 
 
 def cells(experiment: str, options: Options, settings: Settings) -> Iterator[Cell]:
