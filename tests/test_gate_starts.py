@@ -111,7 +111,9 @@ def test_unknown_starts(name, message):
 
 def test_an_end_without_gates():
     for model in (nn.Linear(2, 2), gated(trained_by="loss")):
-        with pytest.raises(ConfigError, match="is about gates, and this run trains none.*'current'"):
+        with pytest.raises(
+            ConfigError, match=r"is about gates, and this run trains none.*'current'"
+        ):
             names(model, "current@whole")
     with pytest.raises(ConfigError, match="held by hyper_solver='fixed'"):
         fit(gated(), restarts="current@whole", hyper_solver="fixed")
@@ -127,7 +129,10 @@ def first_values(result):
 
 def raw(width, mirror):
     gate = GroupGate(P4M, width, mirror).double()
-    return {"0.gate.raw_width": [gate.raw_width.item()], "0.gate.raw_mirror": [gate.raw_mirror.item()]}
+    return {
+        "0.gate.raw_width": [gate.raw_width.item()],
+        "0.gate.raw_mirror": [gate.raw_mirror.item()],
+    }
 
 
 def test_every_run_begins_where_its_name_says():
@@ -184,7 +189,9 @@ def test_only_what_is_trained_goes_to_an_end():
 
     def look(event):
         if event.kind == "epoch" and event.data["epoch"] == 1:
-            seen.append([float(s) for gate in (model[1], model[4]) for s in (gate.width, gate.mirror)])
+            seen.append(
+                [s.item() for gate in (model[1], model[4]) for s in (gate.width, gate.mirror)]
+            )
 
     fit(model, parameters=weights, optimizer_kwargs={"lr": 1e-9}, callbacks=[look])
     assert seen[0] == pytest.approx([0.6, 0.3, 0.7, 0.2], abs=1e-5)

@@ -39,7 +39,9 @@ def test_only_rises_cost(widths):
 
 
 def test_the_gradient_of_a_loss():
-    gates = [GroupGate(P4M, *s, trained_by="loss").double() for s in ((0.4, 0.2), (0.7, 0.5), (0.6, 0.9))]
+    gates = [
+        GroupGate(P4M, *s, trained_by="loss").double() for s in ((0.4, 0.2), (0.7, 0.5), (0.6, 0.9))
+    ]
     leaves = [p for gate in gates for p in gate.parameters()]
     found = torch.autograd.grad(monotone_penalty(gates, 2.0), leaves)
     for leaf, grad in zip(leaves, found, strict=True):

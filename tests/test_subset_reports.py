@@ -102,7 +102,7 @@ def test_each_bar_is_as_thick_as_its_weight():
     weights = gate.weights().tolist()
     outer, inner = bars(axis, ROTATIONS), bars(axis, REFLECTIONS)
     (ring,) = {round(y + h, 9) for _, _, y, h in bars(axis, "#EDEDED")[:4]}
-    for found, share in ((outer, weights[:4]), (inner, weights[4:])):
+    for found in (outer, inner):
         assert [b[0] for b in found] == pytest.approx([0, 90, 180, 270])
         assert all(80 < b[1] < 90 for b in found)
     thickness = ring - outer[0][2]
@@ -148,7 +148,10 @@ def test_rows_of_six_with_names_and_words():
     model = nn.Sequential(first, second, *(GroupGate(C(8), 0.3) for _ in range(7)))
     figure = subset_figure(model)
     assert [axis.get_title() for axis in figure.axes] == ["0", *map(str, range(2, 9))]
-    assert [axis.get_xlabel() for axis in figure.axes][:2] == ["no rotations", "rotations within ±54°"]
+    assert [axis.get_xlabel() for axis in figure.axes][:2] == [
+        "no rotations",
+        "rotations within ±54°",
+    ]
     places = [axis.get_subplotspec().rowspan.start for axis in figure.axes]
     assert places == [0] * 6 + [1] * 2
     assert not figure.legends
