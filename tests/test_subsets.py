@@ -97,6 +97,7 @@ def test_plain_data():
 def test_both_ends_are_reached_exactly(group, dtype):
     gate = GroupGate(group, 1.0, 0.3).to(dtype)
     before = dict(gate.named_parameters())
+    places = [parameter.data_ptr() for parameter in before.values()]
     to_identity(gate)
     assert torch.equal(gate.weights(), torch.eye(group.order, dtype=dtype)[0])
     assert gate.is_whole == (group.order == 1)
@@ -106,6 +107,7 @@ def test_both_ends_are_reached_exactly(group, dtype):
     after = dict(gate.named_parameters())
     assert all(after[name] is parameter for name, parameter in before.items())
     assert all(p.is_leaf and p.requires_grad for p in after.values())
+    assert [parameter.data_ptr() for parameter in after.values()] == places
 
 
 def test_shares_that_are_not_named_stay():
