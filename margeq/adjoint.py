@@ -264,6 +264,8 @@ class _Visitor:
         """The penalty of the hyperparameters, and the ways that end at pinned leaves; once."""
         pull = _Pull()
         pull.add(log_hyperprior(self._model), torch.ones(()))
+        self._pull(pull)  # first, as it can end at pinned leaves too
+        pull = _Pull()
         for (value, _), total in zip(self._pinned, self._totals[len(self._names) :], strict=True):
             pull.add(value, total.clone())
         self._pull(pull)

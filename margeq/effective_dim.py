@@ -128,6 +128,16 @@ class EffectiveDimension:
             totals[row.layer] = totals.get(row.layer, 0.0) + row.effective
         return totals
 
+    @property
+    def subset_lines(self) -> list[str]:
+        """A line per gate: its layer and path, and what it leaves; a path that is off says so."""
+        off = [row for row in self.paths if row.path and row.verdict == "off"]
+        return [
+            f"{gate_label(name)}: {subset}"
+            + " (path off)" * any(_is_below(name, row.layer, row.path) for row in off)
+            for name, subset in self.subsets.items()
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; a frozen tensor has no precision, ``None``."""
         return {
@@ -152,8 +162,7 @@ class EffectiveDimension:
                 f"{r.effective:>10.1f} {r.normalised:>7.1%} {r.relative:>8.1%} "
                 f"{r.function_share:>8.1%}  {r.verdict}"
             )
-        lines += [f"{gate_label(name)}: {subset}" for name, subset in self.subsets.items()]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.subset_lines])
 
 
 def effective_dimension(

@@ -20,8 +20,6 @@ __all__ = [
     "gate_label",
     "learned_subsets",
     "named_gates",
-    "to_identity",
-    "to_whole",
     "trained_gates",
 ]
 
@@ -128,6 +126,14 @@ class SymmetryGate(Protocol):
         """Leave other shares, in place; ``None`` leaves one as it is."""
         ...
 
+    def to_whole(self) -> None:
+        """Leave the whole group."""
+        ...
+
+    def to_identity(self) -> None:
+        """Leave the identity alone."""
+        ...
+
 
 def named_gates(model: nn.Module) -> dict[str, SymmetryGate]:
     """Module name -> gate, each gate once, by the first of its names."""
@@ -151,18 +157,6 @@ def trained_gates(model: nn.Module, tensors: Iterable[Tensor]) -> dict[str, Symm
 def learned_subsets(model: nn.Module) -> dict[str, LearnedSubset]:
     """What each gate leaves, by name."""
     return {name: gate.learned_subset() for name, gate in named_gates(model).items()}
-
-
-def to_whole(gate: SymmetryGate) -> None:
-    """Leave the whole group."""
-    mirror = gate.learned_subset().mirror
-    gate.set_shares(1.0, None if mirror is None else 1.0)
-
-
-def to_identity(gate: SymmetryGate) -> None:
-    """Leave the identity alone."""
-    subset = gate.learned_subset()
-    gate.set_shares(subset.smallest_width, None if subset.mirror is None else 0.0)
 
 
 def gate_label(name: str) -> str:

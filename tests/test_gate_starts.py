@@ -15,6 +15,7 @@ from margeq.layers import (
     GroupConv2d,
     GroupGate,
     GroupPool,
+    LearnedSubset,
     LiftingConv2d,
     PartialLiftingConv2d,
     ResidualPathways,
@@ -112,7 +113,7 @@ def test_unknown_starts(name, message):
 def test_an_end_without_gates():
     for model in (nn.Linear(2, 2), gated(trained_by="loss")):
         with pytest.raises(
-            ConfigError, match="is about gates, and this run trains none.*'current'"
+            ConfigError, match=r"is about gates, and this run trains none.*'current'"
         ):
             names(model, "current@whole")
     with pytest.raises(ConfigError, match="held by hyper_solver='fixed'"):
@@ -190,7 +191,7 @@ def test_only_what_is_trained_goes_to_an_end():
     def look(event):
         if event.kind == "epoch" and event.data["epoch"] == 1:
             seen.append(
-                [float(s) for gate in (model[1], model[4]) for s in (gate.width, gate.mirror)]
+                [s.item() for gate in (model[1], model[4]) for s in (gate.width, gate.mirror)]
             )
 
     fit(model, parameters=weights, optimizer_kwargs={"lr": 1e-9}, callbacks=[look])
@@ -225,3 +226,37 @@ def test_paths_and_gates_start_together():
     assert identity[name] == pytest.approx(raw(0.25, 0.0)["0.gate.raw_width"], rel=1e-6)
     assert whole[name] == pytest.approx(raw(1.0, 1.0)["0.gate.raw_width"], rel=1e-6)
     assert [r.start for r in result.restarts] == ["only:partial@identity", "symmetric@whole"]
+
+
+class Blend(nn.Module):
+    """Somebody else's gate: a share of the mirrored picture."""
+
+    hyperparameter_names = ("share",)
+
+    def __init__(self):
+        super().__init__()
+        self.share = nn.Parameter(torch.tensor(0.6, dtype=torch.float64))
+
+    def forward(self, x):
+        return x + self.share * x.flip(-1)
+
+    def learned_subset(self):
+        return LearnedSubset(0.0, self.share.item(), None, None)
+
+    @torch.no_grad()
+    def set_shares(self, width=None, mirror=None):
+        self.share.fill_(mirror)
+
+    def to_whole(self):
+        self.set_shares(1.0, 1.0)
+
+    def to_identity(self):
+        self.set_shares(0.0, 0.0)
+
+
+def test_gates_of_others_start_at_their_ends_too():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), Blend(), nn.Flatten(), nn.Linear(18, 2)).double()
+    found = first_values(fit(model))
+    assert {start: values["1.share"] for start, values in found.items()} == {
+        "current": [0.6], "current@whole": [1.0], "current@identity": [0.0],
+    }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from rich.console import Console
 from torch import nn
 
 import margeq
-from margeq.effective_dim import EffectiveDimension
+from margeq.demo import Answer
+from margeq.effective_dim import EffectiveDimension, PathRow
 from margeq.groups import P4, P4M, C
 from margeq.layers import GroupGate, LearnedSubset, PartialGroupConv2d, PartialLiftingConv2d
 from margeq.models import group_digit_network
@@ -21,6 +23,7 @@ from margeq.report.figures import save_figures
 from margeq.report.palette import REFLECTIONS, ROTATIONS
 from margeq.report.polar import subset_figure
 from margeq.report.table import subset_lines, symmetry_table
+from margeq.terminal import _Face
 
 pytestmark = pytest.mark.filterwarnings("ignore::margeq.errors.ConvergenceWarning")
 
@@ -32,7 +35,7 @@ def result():
     x = torch.randn(20, 1, 8, 8)
     return margeq.optimize_marglik(
         model, [(x, torch.arange(20) % 2)], n_epochs=2, n_epochs_burnin=1, marglik_frequency=1,
-        restarts=["symmetric", "symmetric@whole"], seed=0, progress="none",
+        restarts=["only:partial", "only:partial@whole"], seed=0, progress="none",
     )  # fmt: skip
 
 
@@ -75,6 +78,29 @@ def test_lines_below_the_table():
     assert "[bold]: rotations within ±144°" in out.getvalue()
 
 
+def path_row(path, verdict):
+    return PathRow("a", path, 1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, verdict)
+
+
+def test_a_gate_of_a_path_that_is_off_says_so():
+    subset = GroupGate(P4, 0.6).learned_subset()
+    subsets = {"a.paths.b.gate": subset, "a.paths.bc.gate": subset, "d.gate": subset}
+    rows = (path_row("b", "off"), path_row("bc", "selected"), path_row("", "off"))
+    phrase = "rotations within ±108°"
+    assert EffectiveDimension(rows, (), {}, subsets).subset_lines == [
+        f"a b: {phrase} (path off)", f"a bc: {phrase}", f"d: {phrase}",
+    ]  # fmt: skip
+
+
+def test_the_terminal_prints_a_line_per_gate(result):
+    out = io.StringIO()
+    console = Console(file=out, width=120)
+    with ExitStack() as stack:
+        _Face(console, stack).answered(Answer("corner", result, 0.5, None, 1.0, []))
+    lines = [line for line in out.getvalue().splitlines() if line.startswith("gates ")]
+    assert lines == [f"gates        layer1 partial: {result.learned_subsets[NAME]}"]
+
+
 def test_the_figure_is_written_with_the_others(result, tmp_path):
     written = [path.name for path in save_figures(result, tmp_path, "x-")]
     assert written[-1] == "x-subsets.png"
@@ -102,7 +128,7 @@ def test_each_bar_is_as_thick_as_its_weight():
     weights = gate.weights().tolist()
     outer, inner = bars(axis, ROTATIONS), bars(axis, REFLECTIONS)
     (ring,) = {round(y + h, 9) for _, _, y, h in bars(axis, "#EDEDED")[:4]}
-    for found, share in ((outer, weights[:4]), (inner, weights[4:])):
+    for found in (outer, inner):
         assert [b[0] for b in found] == pytest.approx([0, 90, 180, 270])
         assert all(80 < b[1] < 90 for b in found)
     thickness = ring - outer[0][2]

@@ -18,8 +18,6 @@ from margeq.subsets import (
     gate_label,
     learned_subsets,
     named_gates,
-    to_identity,
-    to_whole,
     trained_gates,
 )
 
@@ -40,10 +38,14 @@ class Circle(nn.Module):
 
     @torch.no_grad()
     def set_shares(self, width=None, mirror=None):
-        if width is not None:
-            self.share.fill_(width)
-        assert (mirror is None) == (self.mirrored is None)
+        self.share.fill_(width)
         self.mirrored = mirror
+
+    def to_whole(self):
+        self.set_shares(1.0, 1.0)
+
+    def to_identity(self):
+        self.set_shares(0.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -97,15 +99,17 @@ def test_plain_data():
 def test_both_ends_are_reached_exactly(group, dtype):
     gate = GroupGate(group, 1.0, 0.3).to(dtype)
     before = dict(gate.named_parameters())
-    to_identity(gate)
+    places = [parameter.data_ptr() for parameter in before.values()]
+    gate.to_identity()
     assert torch.equal(gate.weights(), torch.eye(group.order, dtype=dtype)[0])
     assert gate.is_whole == (group.order == 1)
-    to_whole(gate)
+    gate.to_whole()
     assert torch.equal(gate.weights(), torch.ones(group.order, dtype=dtype))
     assert gate.is_whole
     after = dict(gate.named_parameters())
     assert all(after[name] is parameter for name, parameter in before.items())
     assert all(p.is_leaf and p.requires_grad for p in after.values())
+    assert [parameter.data_ptr() for parameter in after.values()] == places
 
 
 def test_shares_that_are_not_named_stay():
@@ -120,15 +124,23 @@ def test_shares_that_are_not_named_stay():
     assert gate.mirror.item() == pytest.approx(0.9, abs=1e-12)
 
 
+def test_shares_that_a_group_does_not_have_are_ignored():
+    plain, mirrors = GroupGate(P4, 0.6), GroupGate(PM, mirror=0.6)
+    plain.set_shares(0.5, 0.5)
+    mirrors.set_shares(0.5, 0.5)
+    assert (plain.width.item(), plain.mirror.item()) == pytest.approx((0.5, 0.0))
+    assert (mirrors.width.item(), mirrors.mirror.item()) == pytest.approx((1.0, 0.5))
+
+
 def test_filters_that_were_kept_are_made_anew():
     torch.manual_seed(0)
     layer = PartialLiftingConv2d(1, 2, 3, group=P4, width=1.0)
     x = torch.randn(1, 1, 5, 5)
     with torch.no_grad():
         whole = layer(x)
-        to_identity(layer.gate)
+        layer.gate.to_identity()
         assert torch.equal(layer(x)[:, :, 1:], torch.zeros(1, 2, 3, 3, 3))
-        to_whole(layer.gate)
+        layer.gate.to_whole()
         assert torch.equal(layer(x), whole)
 
 
@@ -138,8 +150,6 @@ def test_filters_that_were_kept_are_made_anew():
         (P4M, {"width": 0.2}, r"width=0\.2 must lie between 0\.25 and 1"),
         (P4M, {"width": 0.5, "mirror": 1.2}, r"mirror=1\.2 must lie between 0 and 1"),
         (P4M, {"width": float("nan")}, "width=nan must lie"),
-        (P4, {"width": 0.5, "mirror": 0.5}, "P4 has no reflections; leave it out"),
-        (PM, {"width": 0.5}, r"width=0\.5 must lie between 1 and 1"),
     ],
 )
 def test_shares_that_are_refused_change_nothing(group, shares, message):
@@ -171,14 +181,6 @@ def test_every_gate_once_by_its_first_name():
         "3": "rotations within ±90°",
     }  # fmt: skip
     assert named_gates(nn.Linear(2, 2)) == {}
-
-
-def test_gates_of_others_move_too():
-    gate = Circle(0.5, 0.5)
-    to_identity(gate)
-    assert (gate.share.item(), gate.mirrored) == (0.0, 0.0)
-    to_whole(gate)
-    assert (gate.share.item(), gate.mirrored) == (1.0, 1.0)
 
 
 def test_trained_gates_are_those_whose_tensors_are_trained():

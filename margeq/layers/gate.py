@@ -105,11 +105,10 @@ class GroupGate(nn.Module):
         by_evidence = trained_by == "evidence"
         self.hyperparameter_names = ("raw_width", "raw_mirror") if by_evidence else ()
         self._pinned: Tensor | None = None
-        self._pinned_shares: tuple[Tensor, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what can be computed again."""
-        return self.__dict__ | {"_pinned": None, "_pinned_shares": None}
+        return self.__dict__ | {"_pinned": None}
 
     @property
     def width(self) -> Tensor:
@@ -121,36 +120,43 @@ class GroupGate(nn.Module):
         """``v``, the weight of the reflections; 0 in a group without any."""
         return self._shares()[1]
 
-    def _shares(self) -> tuple[Tensor, Tensor]:
-        if self._pinned_shares is not None:
-            return self._pinned_shares
+    def _shares(self) -> Tensor:
+        return self._computed() if self._pinned is None else self._pinned
+
+    def _computed(self) -> Tensor:
         width = self._share(self.raw_width, 1.0 / self.n_rotations)
-        return width, self._share(self.raw_mirror, 0.0) * self.has_mirror
+        return torch.stack([width, self._share(self.raw_mirror, 0.0) * self.has_mirror])
 
     @torch.no_grad()
     def set_shares(self, width: float | None = None, mirror: float | None = None) -> None:
-        """Leave other shares of the group, in place.
+        """Leave other shares of the group, in place; ends are reached exactly.
 
         Args:
-            width: ``u``, from ``1/n`` to 1, which are reached exactly; ``None`` leaves it.
-            mirror: ``v``, from 0 to 1, likewise.
+            width: ``u``, from ``1/n`` to 1; ``None`` leaves it, of a single rotation ignored.
+            mirror: ``v``, from 0 to 1; ``None`` leaves it, of groups without reflections ignored.
 
         Raises:
-            ConfigError: for a number out of range, or a mirror in a group without reflections.
+            ConfigError: for a number out of range; nothing has changed then.
         """
-        if mirror is not None and not self.has_mirror:
-            raise ConfigError(
-                f"GroupGate: mirror={mirror!r}, but {self.group!r} has no reflections; leave it out"
-            )
-        least = 1.0 / self.n_rotations
-        # both are checked before one is written
-        raws = [
-            (self.raw_width, None if width is None else _raw("width", width, least)),
-            (self.raw_mirror, None if mirror is None else _raw("mirror", mirror, 0.0)),
+        asked = [
+            ("width", self.raw_width, width, 1.0 / self.n_rotations),
+            ("mirror", self.raw_mirror, mirror, 0.0),
         ]
-        for parameter, raw in raws:
-            if parameter is not None and raw is not None:
-                parameter.fill_(raw)
+        found = [
+            (parameter, _raw(name, share, low))
+            for name, parameter, share, low in asked
+            if parameter is not None and share is not None
+        ]
+        for parameter, raw in found:
+            parameter.fill_(raw)
+
+    def to_whole(self) -> None:
+        """Leave the whole group."""
+        self.set_shares(1.0, 1.0)
+
+    def to_identity(self) -> None:
+        """Leave the identity alone."""
+        self.set_shares(1.0 / self.n_rotations, 0.0)
 
     def _share(self, raw: Tensor | None, low: float) -> Tensor:
         if raw is None:
@@ -159,16 +165,12 @@ class GroupGate(nn.Module):
 
     def weights(self) -> Tensor:
         """``w``, from 0 to 1, ``[|H|]``."""
-        rotations = Interval(self.width).overlaps(self.n_rotations)
-        if not self.has_mirror:
-            return rotations
-        return torch.cat([rotations, rotations * self.mirror])
+        width, mirror = self._shares()
+        rotations = Interval(width).overlaps(self.n_rotations)
+        return torch.cat([rotations, rotations * mirror]) if self.has_mirror else rotations
 
     def factors(self) -> Tensor:
         """``w / s``, with which maps are multiplied, ``[|H|]``."""
-        return self._computed() if self._pinned is None else self._pinned
-
-    def _computed(self) -> Tensor:
         weights = self.weights()
         if self.scale == "mean":
             return weights / weights.mean()
@@ -176,21 +178,20 @@ class GroupGate(nn.Module):
 
     @contextmanager
     def pinned(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The factors computed once, and a leaf in their place while the context is open.
+        """The shares computed once, and a leaf in their place while the context is open.
 
-        Whether a gradient leads inwards can only be said of a whole one: it ends at the leaf, and
-        goes back to the width once in the end, together with that of a prior on the shares.
+        Whether a gradient leads inwards can only be said of a whole one, of data and priors: it
+        ends at the leaf, and goes back to the parameters once in the end.
 
         Yields:
-            The factors with their graph, and the leaf.
+            The shares ``[u, v]`` with their graph, and the leaf.
         """
-        self._pinned_shares = self._shares()
-        factors = self._computed()
-        self._pinned = factors.detach().requires_grad_(factors.requires_grad)
+        shares = self._computed()
+        self._pinned = shares.detach().requires_grad_(shares.requires_grad)
         try:
-            yield factors, self._pinned
+            yield shares, self._pinned
         finally:
-            self._pinned = self._pinned_shares = None
+            self._pinned = None
 
     @property
     def is_whole(self) -> bool:
@@ -274,7 +275,7 @@ def _structure(group: FiniteGroup) -> tuple[int, bool]:
 def _raw(name: str, share: float, low: float) -> float:
     if not (isinstance(share, int | float) and math.isfinite(share) and low <= share <= 1.0):
         raise ConfigError(f"GroupGate: {name}={share!r} must lie between {low:.4g} and 1")
-    return from_share(share, low) if low < 1.0 else 0.0  # of one rotation nothing can be left out
+    return from_share(share, low)
 
 
 def _parameter(raw: float) -> nn.Parameter:

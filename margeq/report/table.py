@@ -7,7 +7,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from margeq.effective_dim import EffectiveDimension, PathRow
-from margeq.subsets import gate_label
 
 __all__ = ["subset_lines", "symmetry_table"]
 
@@ -37,7 +36,7 @@ def symmetry_table(dimension: EffectiveDimension, title: str) -> Table:
 
 def subset_lines(dimension: EffectiveDimension) -> list[str]:
     """One line per gate, for below the table; names are escaped."""
-    return [escape(f"{gate_label(name)}: {subset}") for name, subset in dimension.subsets.items()]
+    return [escape(line) for line in dimension.subset_lines]
 
 
 def _cells(row: PathRow) -> list[str]:

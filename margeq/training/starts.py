@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 from zlib import crc32
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from margeq.errors import ConfigError
 from margeq.paths import path_prefixes, path_sums
 from margeq.priors import GaussianPrior
-from margeq.subsets import to_identity, to_whole, trained_gates
+from margeq.subsets import SymmetryGate, trained_gates
 from margeq.training.function_scale import FunctionScale
 
 __all__ = ["RELAXATION", "Start", "apply_start", "draw_path", "resolve_starts"]
@@ -22,7 +22,10 @@ __all__ = ["RELAXATION", "Start", "apply_start", "draw_path", "resolve_starts"]
 RELAXATION = 100.0
 """Near the symmetric limit, less constrained paths have 1/100 of the function variance."""
 
-_ENDS = {"whole": to_whole, "identity": to_identity}
+_ENDS: dict[str, Callable[[SymmetryGate], None]] = {
+    "whole": lambda gate: gate.to_whole(),
+    "identity": lambda gate: gate.to_identity(),
+}
 
 
 @dataclass(frozen=True)
