@@ -37,6 +37,9 @@ _MARGIN = 0.1
 _COLDEST = 0.05
 """Temperature below which relaxed choices have hardly a gradient left, and it overflows."""
 
+_EDGE = 0.05
+"""Distance of a relaxed choice from never and always, where it has no gradient."""
+
 
 class Nodes(NamedTuple):
     """Points of a group with weights.
@@ -152,7 +155,7 @@ class Interval:
         """A regular grid at a random offset: ``g = u * extent * t``, so ``dg/du = g/u``."""
         _require_count("sample", n)
         middle = self._midpoints(n)
-        offset = torch.rand((), generator=generator, dtype=middle.dtype, device=middle.device)
+        offset = _uniform(middle.new_empty(()), generator)
         return self._nodes(middle + (2.0 * offset - 1.0) / n)
 
     def _midpoints(self, n: int) -> Tensor:
@@ -209,6 +212,9 @@ class Bernoulli:
 
             z = [a >= 1 - p],   dz/dp = d/dp sigmoid((logit p + logit a) / T),   a ~ U(0, 1)
 
+        The relaxation is at most that of 0.05 and 0.95: at 0 and 1 it has no gradient, and a choice
+        would stay there for ever.
+
         Args:
             generator: of ``a``.
 
@@ -219,10 +225,10 @@ class Bernoulli:
             Jang, Gu & Poole 2017 (straight-through Gumbel-softmax, of two classes).
         """
         p = self.probability
-        noise = torch.rand(p.shape, generator=generator, dtype=p.dtype, device=p.device)
+        noise = _uniform(p, generator)
         hard = (noise >= 1.0 - p).to(p)  # exact for 0 and 1
-        eps = torch.finfo(p.dtype).eps
-        logits = torch.logit(p, eps) + torch.logit(noise, eps)
+        inside = p + (p.clamp(_EDGE, 1.0 - _EDGE) - p).detach()
+        logits = torch.logit(inside) + torch.logit(noise, torch.finfo(p.dtype).eps)
         soft = (logits / max(self.temperature, _COLDEST)).sigmoid()
         return hard + (soft - soft.detach())
 
@@ -341,6 +347,13 @@ class _ClampInwards(torch.autograd.Function):
         step = grads[0] if ctx.ascend else -grads[0]
         leaves = ((x <= 0.0) & (step < 0.0)) | ((x >= 1.0) & (step > 0.0))
         return torch.where(leaves, torch.zeros_like(grads[0]), grads[0]), None
+
+
+def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Numbers from 0 to 1 of one shape, type and device, wherever the generator is."""
+    device = like.device if generator is None else generator.device
+    noise = torch.rand(like.shape, generator=generator, dtype=like.dtype, device=device)
+    return noise.to(like.device)
 
 
 def _require_count(name: str, n: object) -> None:

@@ -22,7 +22,10 @@ from margeq.layers.lifting import LiftingConv2d
 from margeq.layers.partial import PartialGroupConv2d, PartialLiftingConv2d
 from margeq.layers.partial_mc import MonteCarloGroupConv2d, MonteCarloLiftingConv2d
 from margeq.layers.pathways import ResidualPathways
+from margeq.layers.planar_subset import PlanarSubset
 from margeq.layers.pooling import PolyphaseSubsample
+from margeq.layers.sample_norm import SampleBatchNorm, SampleInstanceNorm
+from margeq.layers.sample_pool import SamplePool
 from margeq.layers.samples import (
     GroupDistribution,
     GroupSampler,
@@ -60,9 +63,13 @@ __all__ = [
     "PartialGroupConv2d",
     "PartialLiftingConv2d",
     "PerElement",
+    "PlanarSubset",
     "PolyphaseSubsample",
     "ResidualPathways",
     "RestrictGroup",
+    "SampleBatchNorm",
+    "SampleInstanceNorm",
+    "SamplePool",
     "SeparableGroupConv2d",
     "SizeFault",
     "SparseConv2d",

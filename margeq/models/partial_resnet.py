@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,13 @@ from margeq.layers import (
     IdentityElement,
     MonteCarloGroupConv2d,
     MonteCarloLiftingConv2d,
+    SampleBatchNorm,
+    SampleInstanceNorm,
+    SamplePool,
     redraw,
 )
 from margeq.models.planar_layers import require_counts
+from margeq.models.sampled_groups import SampledGroup, TrainedBy, distributions
 
 __all__ = ["PartialResNet"]
 
@@ -46,7 +50,8 @@ class PartialBlock(nn.Module):
 
         y = relu(pool(norm(relu(n2(conv2(dropout(relu(n1(conv1(x))))))) + shortcut(x))))
 
-    ``n1`` and ``n2`` normalise each channel of each datum over elements and positions. The shortcut
+    ``n1`` and ``n2`` normalise each channel of each datum over elements and positions, in which
+    elements count with their weight. The shortcut
     is a convolution of 1 x 1 pixels over the elements where channels or elements change.
 
     Args:
@@ -82,8 +87,8 @@ class PartialBlock(nn.Module):
             self.shortcut = MonteCarloGroupConv2d(
                 in_channels, out_channels, inputs=first, outputs=last, **kernels.pointwise()
             )
-        self.norm1, self.norm2 = (nn.InstanceNorm3d(out_channels) for _ in range(2))
-        self.norm, self.dropout = nn.BatchNorm3d(out_channels), nn.Dropout(dropout)
+        self.norm1, self.norm2 = SampleInstanceNorm(between), SampleInstanceNorm(last)
+        self.norm, self.dropout = SampleBatchNorm(out_channels, last), nn.Dropout(dropout)
         self.pool = _pool() if pools else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,7 +103,13 @@ class PartialResNet(nn.Module):
 
     In training every batch sees other elements of the group, in evaluation always the same. Without
     ``partial`` all maps have the same elements; with it each convolution on the group has its own
-    distribution, whose width is to be learned, and only the lifting sees the whole group.
+    distribution, whose width is to be learned, and only the lifting sees the whole group. See
+    :meth:`on` for the usual groups.
+
+    The hidden layers and frequencies of filters are hyperparameters, which
+    :func:`margeq.optimize_marglik` moves by the evidence; to another optimiser, of the task's loss,
+    they are parameters like all others. So are distributions, as long as they are made with
+    ``trained_by="loss"``.
 
     Differences to the published network: angles enter the filters as cosine and sine, one
     coordinate more; sums over elements are means; features are normalised; and the frequency of
@@ -117,8 +128,9 @@ class PartialResNet(nn.Module):
         pool_after: maps that are halved: 0 the lifted one, 1 and 2 those of the blocks.
         dropout: probability, within the blocks.
         head: ``"max"`` over elements and positions; ``"mlp"``, a hidden layer on all elements (the
-            paper does not state its sizes: here as wide as the map); or ``"t2"``, a last
-            convolution whose outputs stand at the identity alone.
+            paper does not state its sizes: here as wide as the map), whose number is fixed, so
+            that the last map stands on the whole group; or ``"t2"``, a last convolution whose
+            outputs stand at the identity alone.
 
     Shapes:
         ``[n, in_channels, y, x] -> [n, num_classes]``; after pooling, maps of at least
@@ -164,7 +176,7 @@ class PartialResNet(nn.Module):
         self.conv = MonteCarloLiftingConv2d(
             in_channels, width, outputs=first, padding="same", **kernels.spatial()
         )
-        self.norm = nn.BatchNorm3d(width)
+        self.norm = SampleBatchNorm(width, first)
         self.pool = _pool() if 0 in pool_after else nn.Identity()
         self.block1 = PartialBlock(
             width, width, (first, others[0], others[1]), kernels, 1 in pool_after, dropout
@@ -175,12 +187,47 @@ class PartialResNet(nn.Module):
         self.last = MonteCarloGroupConv2d(
             2 * width, 2 * width, inputs=others[3], outputs=others[4], **kernels.spatial()
         )
-        self.last_norm = nn.BatchNorm3d(2 * width)
-        self.readout: nn.Module = nn.Sequential(nn.AdaptiveMaxPool3d(1), nn.Flatten())
+        self.last_norm = SampleBatchNorm(2 * width, others[4])
+        self.readout: nn.Module = nn.Sequential(
+            SamplePool(others[4]), nn.AdaptiveMaxPool2d(1), nn.Flatten()
+        )
         if head == "mlp":
             angles, *_ = others[4].distribution.quadrature(n_samples)
             self.readout = _mlp(2 * width, len(angles))
         self.head = nn.Linear(2 * width, num_classes)
+
+    @classmethod
+    def on(
+        cls,
+        group: SampledGroup,
+        n_samples: int = 8,
+        *,
+        partial: bool = False,
+        trained_by: TrainedBy = "evidence",
+        **options: Any,
+    ) -> Self:
+        """The network on a usual group.
+
+        Args:
+            group: ``"T(2)"`` (the identity alone, with the filters of ``"SE(2)"``), ``"SE(2)"``
+                (rotations), ``"E(2)"`` (and reflections), or ``"mirror"`` (reflections alone).
+            n_samples: of the whole group.
+            partial: whether each convolution on it learns a part of it.
+            trained_by: of what is learned, see :class:`~margeq.layers.PlanarSubset`.
+            options: further arguments, such as ``head``.
+
+        Returns:
+            The network.
+
+        Raises:
+            ConfigError: for an argument out of range.
+
+        Example:
+            >>> model = PartialResNet.on("SE(2)", partial=True)
+            >>> sum(parameter.numel() for parameter in model.parameters())
+            467991
+        """
+        return cls(n_samples=n_samples, **distributions(group, partial, trained_by), **options)
 
     def forward(self, x: Tensor) -> Tensor:
         """Classify pictures, in training with elements of their own."""
@@ -204,6 +251,8 @@ def _samplers(
         found.append(first if partial is None else GroupSampler(partial(), n_samples))
     if head == "t2":
         found[-1] = GroupSampler(IdentityElement(), 1)
+    if head == "mlp" and partial is not None:
+        found[-1] = GroupSampler(whole(), n_samples)
     return found
 
 
