@@ -197,10 +197,16 @@ class PlanarSubset(nn.Module):
     def _elements(self, nodes: Nodes) -> tuple[Tensor, Tensor, Tensor]:
         mirrors, angles = nodes.points.unbind(1)
         elements = (angles, mirrors.detach(), nodes.weights)
-        if self.has_mirrors and not nodes.weights.requires_grad and float(nodes.weights[-1]) == 0:
+        weighs = not self.has_mirrors or bool(nodes.weights[-1] > 0)
+        if not (weighs or self._wants_mirrors()):
             half = len(angles) // 2
             return angles[:half], elements[1][:half], nodes.weights[:half]
         return elements
+
+    def _wants_mirrors(self) -> bool:
+        """Whether a gradient in their probability is wanted, which a weight of 0 has too."""
+        learns = self.raw_mirror is not None and self.raw_mirror.requires_grad
+        return learns and torch.is_grad_enabled()
 
     @torch.no_grad()
     def set_shares(self, width: float | None = None, mirror: float | None = None) -> None:

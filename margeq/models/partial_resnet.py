@@ -40,6 +40,10 @@ class _Kernels:
     def spatial(self) -> dict[str, Any]:
         return {"kernel_size": self.size, "hidden": self.hidden, "omega_0": self.omega_0}
 
+    def before_norm(self) -> dict[str, Any]:
+        """A norm of each datum takes every bias away."""
+        return {**self.spatial(), "padding": "same", "bias": False}
+
     def pointwise(self) -> dict[str, Any]:
         hidden = max(1, self.hidden // 2)
         return {"kernel_size": 1, "hidden": hidden, "omega_0": self.omega_0, "bias": False}
@@ -75,12 +79,10 @@ class PartialBlock(nn.Module):
         super().__init__()
         first, between, last = samplers
         self.conv1 = MonteCarloGroupConv2d(
-            in_channels, out_channels, inputs=first, outputs=between, padding="same",
-            **kernels.spatial(),
+            in_channels, out_channels, inputs=first, outputs=between, **kernels.before_norm(),
         )  # fmt: skip
         self.conv2 = MonteCarloGroupConv2d(
-            out_channels, out_channels, inputs=between, outputs=last, padding="same",
-            **kernels.spatial(),
+            out_channels, out_channels, inputs=between, outputs=last, **kernels.before_norm(),
         )  # fmt: skip
         self.shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels or first is not last:
@@ -112,8 +114,9 @@ class PartialResNet(nn.Module):
     ``trained_by="loss"``.
 
     Differences to the published network: angles enter the filters as cosine and sine, one
-    coordinate more; sums over elements are means; features are normalised; and the frequency of
-    each filter is a parameter.
+    coordinate more; sums over elements are means; features are normalised; the frequency of each
+    filter is a parameter; and convolutions before a normalisation of each datum have no bias, which
+    it would take away.
 
     Args:
         whole: makes the distribution on the whole group.
@@ -146,7 +149,7 @@ class PartialResNet(nn.Module):
         >>> from margeq.layers import IdentityElement
         >>> model = PartialResNet(lambda: IdentityElement(has_rotations=True), 1)
         >>> sum(parameter.numel() for parameter in model.parameters())
-        450257
+        450065
     """
 
     def __init__(
@@ -225,7 +228,7 @@ class PartialResNet(nn.Module):
         Example:
             >>> model = PartialResNet.on("SE(2)", partial=True)
             >>> sum(parameter.numel() for parameter in model.parameters())
-            467991
+            467799
         """
         return cls(n_samples=n_samples, **distributions(group, partial, trained_by), **options)
 
