@@ -148,7 +148,7 @@ def test_gradients_at_an_end_lead_inwards_only(owner, name, end):
             (grad,) = torch.autograd.grad(sign * values.sum(), raw, retain_graph=True)
             found.append(float(grad))
         assert sorted(g == 0.0 for g in found) == [False, True]
-        inside = [g for g in found if g != 0.0][0]
+        inside = next(g for g in found if g != 0.0)
         step = inside if owner == "evidence" else -inside
         assert (step > 0) == (end == 0.0)
 
@@ -308,7 +308,11 @@ class Half(PlanarSubset):
     def sample(self, n_samples, generator=None):
         angles, mirrors, _ = self.quadrature(n_samples)
         z = self.inclusion + (self.mirror - self.mirror.detach())
-        return angles, mirrors, torch.cat([torch.ones(len(angles) // 2), z.expand(len(angles) // 2)])
+        return (
+            angles,
+            mirrors,
+            torch.cat([torch.ones(len(angles) // 2), z.expand(len(angles) // 2)]),
+        )
 
 
 @pytest.mark.parametrize("inclusion", [0.0, 1.0])

@@ -220,9 +220,7 @@ class PlanarSubset(nn.Module):
             ConfigError: for a share out of range; nothing has changed then.
         """
         pairs = (("width", self.raw_width, width), ("mirror", self.raw_mirror, mirror))
-        found = [
-            (raw, _checked(name, share)) for name, raw, share in pairs if share is not None
-        ]
+        found = [(raw, _checked(name, share)) for name, raw, share in pairs if share is not None]
         for raw, value in found:
             if raw is not None:
                 raw.fill_(value)

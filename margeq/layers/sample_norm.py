@@ -82,15 +82,15 @@ class SampleBatchNorm(nn.BatchNorm3d):
         super().__init__(num_features)
         self.sampler = sampler
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Normalise, and in training follow the statistics."""
-        weights = require_samples(self, self.sampler, x)
+        weights = require_samples(self, self.sampler, input)
         if not self.training:
-            return super().forward(x)
-        mean, variance = _moments(x, weights, (0, 3, 4))
-        self._follow(x, weights, mean, variance)
+            return super().forward(input)
+        mean, variance = _moments(input, weights, (0, 3, 4))
+        self._follow(input, weights, mean, variance)
         scale = self.weight.reshape(-1, 1, 1, 1) * (variance + self.eps).rsqrt()
-        return (x - mean) * scale + self.bias.reshape(-1, 1, 1, 1)
+        return (input - mean) * scale + self.bias.reshape(-1, 1, 1, 1)
 
     @torch.no_grad()
     def _follow(self, x: Tensor, weights: Tensor, mean: Tensor, variance: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from margeq.errors import ConfigError, DataError
 from margeq.layers.samples import GroupSampler
 
-__all__ = ["SamplePool"]
+__all__ = ["SamplePool", "require_samples"]
 
 
 class SamplePool(nn.Module):
@@ -70,6 +70,14 @@ class SamplePool(nn.Module):
 
 def require_samples(layer: nn.Module, sampler: GroupSampler, x: Tensor) -> Tensor:
     """Weights of the elements of a map.
+
+    Args:
+        layer: that reads it.
+        sampler: of its elements.
+        x: ``[n, c, S, ...]``.
+
+    Returns:
+        ``[S]``, of the type of the map.
 
     Raises:
         DataError: if the map is not on the present samples.

@@ -199,7 +199,12 @@ def _inputs(layer: SampledConv, x: Tensor, sampler: PositionSampler) -> Mapping[
 
 
 def _output_grads(layer: SampledConv, x: Tensor, grad_y: Tensor) -> Mapping[str, Tensor]:
-    grads = layer.outputs.counted(grad_y, 3).flatten(4).permute(0, 1, 3, 4, 2).flatten(2, 3)[:, :, :, None]
+    grads = (
+        layer.outputs.counted(grad_y, 3)
+        .flatten(4)
+        .permute(0, 1, 3, 4, 2)
+        .flatten(2, 3)[:, :, :, None]
+    )
     return {"weight": grads, "bias": grads}
 
 

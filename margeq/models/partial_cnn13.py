@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
 from margeq.layers import (
@@ -65,6 +64,7 @@ class PartialCNN13(nn.Module):
         Romero & Lohit 2022, section 5; Laine & Aila 2017, table 5.
 
     Example:
+        >>> import torch
         >>> from margeq.layers import IdentityElement
         >>> model = PartialCNN13(IdentityElement, 1, width=2, hidden=2).eval()
         >>> model(torch.zeros(1, 3, 8, 8)).shape

@@ -46,4 +46,7 @@ def distributions(group: SampledGroup, partial: bool, trained_by: TrainedBy) -> 
     if group not in _HAS:
         raise ConfigError(f"group={group!r}: use 'T(2)' or one of {tuple(_HAS)}")
     learned = bind(PlanarSubset, *_HAS[group], trained_by=trained_by)
-    return {"whole": bind(PlanarSubset.whole, *_HAS[group]), "partial": learned if partial else None}
+    return {
+        "whole": bind(PlanarSubset.whole, *_HAS[group]),
+        "partial": learned if partial else None,
+    }
