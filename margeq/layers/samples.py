@@ -123,11 +123,6 @@ class GroupSampler(nn.Module):
         """Other elements from now on, in training."""
         self._seed = torch.randint(_LARGEST_SEED, (), generator=generator, device="cpu")
 
-    def shares(self) -> Tensor:
-        """Present weights, to a sum of 1, ``[S]``."""
-        weights = self().weights
-        return weights / weights.sum()
-
     def counted(self, maps: Tensor, axis: int) -> Tensor:
         """The part of a map on elements that count, of which alone curvature is taken.
 
