@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from experiments.presets import PresetName
 from experiments.records import RESULTS, read_records
-from margeq.report.polar import subsets_figure
+from margeq.report.polar import subset_figure
 from margeq.subsets import LearnedSubset
 
 __all__ = ["Options", "save_partial_figures"]
@@ -104,7 +104,7 @@ def kept_figure(records: Sequence[Record]) -> Figure:
         if record["seed"] == first
         for gate, left in record["results"]["subsets"].items()
     }
-    return subsets_figure(subsets)
+    return subset_figure(subsets)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -24,12 +24,15 @@ from margeq.data import ImageTask
 from margeq.errors import ConfigError
 from margeq.groups import P4, P4M, C, D, FiniteGroup
 from margeq.layers import MonotoneGates
-from margeq.models import AugmentedInputs, partial_cnn
+from margeq.models import AugmentedInputs, PartialCNN13, PartialResNet, partial_cnn
+from margeq.models.sampled_groups import SampledGroup
 
 __all__ = ["build_partial"]
 
 TrainedBy = Literal["evidence", "loss"]
 _GROUPS: dict[str, FiniteGroup] = {"p4": P4, "p4m": P4M, "c8": C(8), "d1": D(1)}
+_SAMPLED: dict[str, SampledGroup] = {"se2": "SE(2)", "e2": "E(2)", "mirror": "mirror"}
+_HEADS = {"full": "max", "partial": "max", "t2": "max", "t2head": "t2", "mlp": "mlp"}
 _GENERATORS = {"p4": ["rotation"], "p4m": ["rotation", "mirror"]}
 
 
@@ -52,6 +55,8 @@ def build_partial(
     """
     images = task.train_images
     sizes = _Sizes(task.n_classes, images.shape[1], len(images))
+    if model.startswith(("mc-", "cnn13-")):
+        return _on_samples(model, settings, sizes, trained_by)
     name, _, extra = model.partition("+")
     if extra not in ("", "monotone"):
         raise ConfigError(f"network {model!r}: after + only 'monotone' is known")
@@ -97,3 +102,30 @@ def _cnn(
         in_channels=sizes.in_channels,
         kernel_size=settings.kernel_size,
     )
+
+
+def _on_samples(
+    model: str, settings: PartialSettings, sizes: _Sizes, trained_by: TrainedBy
+) -> nn.Module:
+    name, _, nonlinearity = model.partition("@")
+    try:
+        family, kind, group, number = name.split("-")
+        head, sampled = _HEADS[kind], _SAMPLED[group]
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"network {model!r} is unknown") from error
+    options: dict[str, Any] = {
+        "num_classes": sizes.n_classes,
+        "in_channels": sizes.in_channels,
+        "partial": kind == "partial",
+        "trained_by": trained_by,
+    }
+    on: SampledGroup = "T(2)" if kind == "t2" else sampled
+    if family == "cnn13":
+        return PartialCNN13.on(on, int(number), **options)
+    # about what pixels can show; the published 10 is that of 7 x 7 pixels and more
+    frequency = (settings.kernel_size - 1) / 2
+    return PartialResNet.on(
+        on, int(number), head=head, width=settings.mc_width, hidden=settings.mc_hidden,
+        kernel_size=settings.kernel_size, pool_after=settings.mc_pools, omega_0=frequency,
+        nonlinearity=nonlinearity or "siren", **options,
+    )  # fmt: skip

@@ -42,6 +42,7 @@ class PartialSettings:
         monotone: price per picture of a layer with more symmetry than the one before it.
         mc_width: channels of the residual networks on samples.
         mc_hidden: width of the hidden layers of their filters.
+        mc_pools: which of their maps are halved.
         mc_epochs: passes over the training pictures for them.
         mc_lr: their learning rate.
     """
@@ -72,6 +73,7 @@ class PartialSettings:
     monotone: float
     mc_width: int
     mc_hidden: int
+    mc_pools: tuple[int, ...]
     mc_epochs: int
     mc_lr: float
 
@@ -79,7 +81,7 @@ class PartialSettings:
 _TURNS = ("full-p4", "partial-p4", "full-p4m", "partial-p4m")
 _MIRRORS = ("full-d1", "partial-d1", "full-p4m", "partial-p4m")
 _MC_TURNS = ("mc-full-se2-8", "mc-partial-se2-8")
-_MC_MIRRORS = ("mc-full-mirror-1", "mc-partial-mirror-1")
+_MC_MIRRORS = ("mc-full-mirror-2", "mc-partial-mirror-2")
 
 _PAPER_TOY = PartialSettings(
     questions=(
@@ -112,6 +114,7 @@ _PAPER_TOY = PartialSettings(
     monotone=1e-3,
     mc_width=10,
     mc_hidden=32,
+    mc_pools=(0, 1),
     mc_epochs=300,
     mc_lr=0.001,
 )
@@ -151,6 +154,7 @@ _CPU_TOY = replace(
     n_copies=4,
     mc_width=6,
     mc_hidden=16,
+    mc_pools=(0,),
     mc_epochs=10,
     mc_lr=0.005,
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -150,7 +151,7 @@ def switches_at(curve: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def _crossing(side: Sequence[tuple[float, float]]) -> float:
-    for (a, p), (b, q) in zip(side, side[1:], strict=False):
+    for (a, p), (b, q) in pairwise(side):
         if p >= 0.5 > q:
             return a + (b - a) * (p - 0.5) / (p - q)
     return 180.0

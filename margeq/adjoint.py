@@ -131,12 +131,15 @@ def _pinned(model: nn.Module, stack: ExitStack) -> list[tuple[Tensor, Tensor]]:
     """Quantities that layers compute from hyperparameters alone, and the leaves in their place.
 
     A layer offers them by a context manager ``pinned()``, see ``AnchorBasis``; what it computes
-    is then computed, and differentiated, once for all batches and columns.
+    is then computed, and differentiated, once for all batches and columns. It may depend on what
+    modules inside the layer offer: those are pinned first, and differentiated last.
 
     Returns:
         Pairs of a quantity with its graph and the leaf; only where a hyperparameter is behind it.
     """
-    offers = [module.pinned for module in model.modules() if hasattr(module, "pinned")]
+    modules = [module for module in model.modules() if hasattr(module, "pinned")]
+    modules.sort(key=lambda module: sum(1 for _ in module.modules()))  # parts before wholes
+    offers = [module.pinned for module in modules]
     pairs = [stack.enter_context(offer()) for offer in offers]  # pyright: ignore[reportCallIssue]
     return [(value, leaf) for value, leaf in pairs if leaf.requires_grad]
 
@@ -265,10 +268,11 @@ class _Visitor:
         pull = _Pull()
         pull.add(log_hyperprior(self._model), torch.ones(()))
         self._pull(pull)  # first, as it can end at pinned leaves too
-        pull = _Pull()
-        for (value, _), total in zip(self._pinned, self._totals[len(self._names) :], strict=True):
+        totals = self._totals[len(self._names) :]
+        for (value, _), total in zip(reversed(self._pinned), reversed(totals), strict=True):
+            pull = _Pull()
             pull.add(value, total.clone())
-        self._pull(pull)
+            self._pull(pull)
 
 
 class _Pull:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,15 +27,13 @@ __all__ = [
     "Interval",
     "Nodes",
     "Product",
-    "from_share",
-    "share_between",
 ]
-
-_MARGIN = 0.1
-"""By how much a sigmoid is stretched beyond each end of its range, so that both are reached."""
 
 _COLDEST = 0.05
 """Temperature below which relaxed choices have hardly a gradient left, and it overflows."""
+
+_EDGE = 0.05
+"""Distance of a relaxed choice from never and always, where it has no gradient."""
 
 
 class Nodes(NamedTuple):
@@ -152,7 +150,7 @@ class Interval:
         """A regular grid at a random offset: ``g = u * extent * t``, so ``dg/du = g/u``."""
         _require_count("sample", n)
         middle = self._midpoints(n)
-        offset = torch.rand((), generator=generator, dtype=middle.dtype, device=middle.device)
+        offset = _uniform(middle.new_empty(()), generator)
         return self._nodes(middle + (2.0 * offset - 1.0) / n)
 
     def _midpoints(self, n: int) -> Tensor:
@@ -209,6 +207,9 @@ class Bernoulli:
 
             z = [a >= 1 - p],   dz/dp = d/dp sigmoid((logit p + logit a) / T),   a ~ U(0, 1)
 
+        The relaxation is at most that of 0.05 and 0.95: at 0 and 1 it has no gradient, and a choice
+        would stay there for ever.
+
         Args:
             generator: of ``a``.
 
@@ -219,10 +220,10 @@ class Bernoulli:
             Jang, Gu & Poole 2017 (straight-through Gumbel-softmax, of two classes).
         """
         p = self.probability
-        noise = torch.rand(p.shape, generator=generator, dtype=p.dtype, device=p.device)
+        noise = _uniform(p, generator)
         hard = (noise >= 1.0 - p).to(p)  # exact for 0 and 1
-        eps = torch.finfo(p.dtype).eps
-        logits = torch.logit(p, eps) + torch.logit(noise, eps)
+        inside = p + (p.clamp(_EDGE, 1.0 - _EDGE) - p).detach()
+        logits = torch.logit(inside) + torch.logit(noise, torch.finfo(p.dtype).eps)
         soft = (logits / max(self.temperature, _COLDEST)).sigmoid()
         return hard + (soft - soft.detach())
 
@@ -274,73 +275,11 @@ def _combined(nodes: Sequence[Nodes]) -> Nodes:
     return Nodes(points.reshape(len(weights), len(nodes)), weights)
 
 
-def share_between(raw: Tensor, low: float, *, ascend: bool) -> Tensor:
-    """A number from ``low`` to 1 that reaches both, by a stretched sigmoid cut off at the ends.
-
-        u = low + (1 - low) clamp(1.2 sigmoid(raw) - 0.1, 0, 1)
-
-    At an end the gradient passes where a step along it leads back inside, and is zero where it
-    would lead further out: nothing gets stuck, nothing drifts away.
-
-    Args:
-        raw: any number.
-        low: smallest value.
-        ascend: whether ``u`` will climb the gradient (of an evidence) or descend it (of a loss).
-
-    Returns:
-        Of the shape of ``raw``.
-    """
-    stretched = (1.0 + 2.0 * _MARGIN) * raw.sigmoid() - _MARGIN
-    return low + (1.0 - low) * _inwards(stretched, ascend)
-
-
-def from_share(share: float, low: float) -> float:
-    """The raw number that :func:`share_between` turns into a share; ends are reached exactly.
-
-    Args:
-        share: from ``low`` to 1.
-        low: smallest value.
-
-    Returns:
-        A finite number.
-
-    Raises:
-        ConfigError: for a share out of range.
-    """
-    if not low <= share <= 1.0:
-        raise ConfigError(f"{share!r} must lie between {low:.4g} and 1")
-    inside = (share - low) / (1.0 - low)
-    # a little into the margin, where no rounding leads back inside
-    beyond = {0.0: -_MARGIN / 10, 1.0: 1.0 + _MARGIN / 10}.get(inside, inside)
-    stretched = (beyond + _MARGIN) / (1.0 + 2.0 * _MARGIN)
-    return math.log(stretched / (1.0 - stretched))
-
-
-def _inwards(x: Tensor, ascend: bool) -> Tensor:
-    clamped: Any = _ClampInwards.apply(x, ascend)
-    return clamped
-
-
-class _ClampInwards(torch.autograd.Function):
-    """To [0, 1]; at and beyond an end with the gradients that lead back."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, ascend: bool) -> Tensor:
-        return x.clamp(0.0, 1.0)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, bool], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
-        ctx.ascend = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        step = grads[0] if ctx.ascend else -grads[0]
-        leaves = ((x <= 0.0) & (step < 0.0)) | ((x >= 1.0) & (step > 0.0))
-        return torch.where(leaves, torch.zeros_like(grads[0]), grads[0]), None
+def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Numbers from 0 to 1 of one shape, type and device, wherever the generator is."""
+    device = like.device if generator is None else generator.device
+    noise = torch.rand(like.shape, generator=generator, dtype=like.dtype, device=device)
+    return noise.to(like.device)
 
 
 def _require_count(name: str, n: object) -> None:

@@ -136,11 +136,13 @@ class SymmetryGate(Protocol):
 
 
 def named_gates(model: nn.Module) -> dict[str, SymmetryGate]:
-    """Module name -> gate, each gate once, by the first of its names."""
+    """Module name -> gate that has anything to learn, each once, by the first of its names."""
     return {
         name: cast(SymmetryGate, module)
         for name, module in model.named_modules()
-        if hasattr(module, "learned_subset") and hasattr(module, "set_shares")
+        if hasattr(module, "learned_subset")
+        and hasattr(module, "set_shares")
+        and any(True for _ in module.parameters())
     }
 
 

@@ -35,6 +35,8 @@ from margeq.layers import (
     PairSeparableConv2d,
     PartialGroupConv2d,
     PartialLiftingConv2d,
+    PlanarSubset,
+    SampleBatchNorm,
     SeparableGroupConv2d,
     SparseConv2d,
     SparseFactoredLinear2d,
@@ -57,13 +59,18 @@ sparse = SparseFactoredLinear2d
 
 def batch_norm(kind: type[nn.Module], *size: int):
     def make() -> nn.Module:
-        layer = kind(3, eps=0.1).eval()
+        layer = kind(3).eval()
+        layer.eps = 0.1
         layer.running_mean.copy_(torch.tensor([-1.0, 0.0, 2.0]))
         layer.running_var.copy_(torch.tensor([0.5, 1.0, 3.0]))
         return layer
 
     name = "-".join([kind.__name__, *map(str, size)])
     return LayerCase(name, make, (4, 3, *size), shared=("weight",) if size else ())
+
+
+def on_two_samples(num_features: int) -> nn.Module:
+    return SampleBatchNorm(num_features, GroupSampler(Points([0.0, 1.0]), 2))
 
 
 def on_group(kind: type[nn.Module], name: str, group: FiniteGroup, *args, size=(3, 3), **options):
@@ -185,6 +192,7 @@ LAYER_CASES = [
     batch_norm(nn.BatchNorm1d, 5),
     batch_norm(nn.BatchNorm2d, 3, 2),
     batch_norm(nn.BatchNorm3d, 2, 2, 3),
+    batch_norm(on_two_samples, 2, 2, 3),
     equivariant("set", standard(S(3)), standard(S(3)), 2, 3),
     equivariant("orbits", standard(S(3)) * standard(S(3)), 2 * standard(S(3)), 1, 2),
     equivariant("shifts", regular(C(4)), regular(C(4)), 2, 1, bias=False),
@@ -253,6 +261,13 @@ LAYER_CASES = [
         outputs=Arc,
         nonlinearity="swish",
         bias=False,
+    ),
+    on_samples(
+        "group-subset",
+        1,
+        2,
+        inputs=partial(PlanarSubset, True, True, 0.7, 0.4),
+        outputs=partial(PlanarSubset, True, False, 0.9),
     ),
     on_samples(
         "one-by-one",

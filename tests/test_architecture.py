@@ -15,7 +15,7 @@ from tests.layer_cases import LAYER_CASES
 PACKAGE = Path(__file__).parent.parent / "margeq"
 
 LAYOUT = [
-    ["errors", "groups", "group_distributions", "bases", "filters", "linalg", "counts"],
+    ["errors", "groups", "group_distributions", "shares", "bases", "filters", "linalg", "counts"],
     ["parameters", "paths", "subsets", "curvature", "batches"],
     ["layers"],
     ["likelihoods", "priors"],

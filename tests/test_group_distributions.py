@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from margeq.errors import ConfigError
-from margeq.group_distributions import Bernoulli, Interval, Product, from_share, share_between
+from margeq.group_distributions import Bernoulli, Interval, Product
+from margeq.shares import from_share, share_between
 from tests.oracles import F64
 
 

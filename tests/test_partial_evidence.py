@@ -10,13 +10,13 @@ from torch import nn
 
 from margeq.accumulation import accumulate
 from margeq.curvature.options import KfacOptions
-from margeq.group_distributions import share_between
 from margeq.groups import P4, P4M, D
 from margeq.laplace import log_marginal_likelihood
 from margeq.layers import GroupGate, PartialGroupConv2d
 from margeq.likelihoods import Categorical
 from margeq.parameters import named_hyperparameters
 from margeq.priors import GaussianPrior
+from margeq.shares import share_between
 from tests.network_problems import by_double_backward, problem
 from tests.oracles import F64
 from tests.partial_networks import close, network, plain_network

@@ -60,9 +60,7 @@ def root(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "load_partial", lambda name, settings, seed, data_dir: digits(name))
         angles = [[float(a), float(abs(a) < 80)] for a in range(-180, 181, 30)]
-        run_partial(
-            "partial_toy", TINY, PartialOptions(out=folder), lambda *_: {"upright": angles}
-        )
+        run_partial("partial_toy", TINY, PartialOptions(out=folder), lambda *_: {"upright": angles})
     return folder
 
 
@@ -115,7 +113,7 @@ def test_every_network_of_a_preset_can_be_built(presets, preset):
     settings = replace(
         presets[preset], widths=(2, 2, 2), mc_width=2, mc_hidden=2, n_copies=2, size=14
     )
-    task = replace(digits(), train_images=torch.zeros(40, 1, 14, 14))
+    task = replace(digits(), train_images=torch.zeros(30, 1, 14, 14))
     for _, models in settings.questions:
         for model in models:
             assert build_partial(model, settings, task, "loss") is not None

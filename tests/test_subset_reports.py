@@ -28,6 +28,12 @@ from margeq.terminal import _Face
 pytestmark = pytest.mark.filterwarnings("ignore::margeq.errors.ConvergenceWarning")
 
 
+def drawn(model):
+    """Of all gates, also of those that have nothing to learn."""
+    gates = {n: m for n, m in model.named_modules() if hasattr(m, "learned_subset")}
+    return subset_figure({name: gate.learned_subset() for name, gate in gates.items()})
+
+
 @pytest.fixture(scope="module")
 def result():
     torch.manual_seed(0)
@@ -63,7 +69,7 @@ def test_without_gates_nothing_is_said():
     assert len(str(dimension).splitlines()) == 2
     assert dimension.to_dict()["subsets"] == {}
     assert subset_lines(dimension) == []
-    assert subset_figure(nn.Linear(2, 2)) is None
+    assert drawn(nn.Linear(2, 2)) is None
 
 
 def test_lines_below_the_table():
@@ -124,7 +130,7 @@ def bars(axis, colour):
 
 def test_each_bar_is_as_thick_as_its_weight():
     gate = GroupGate(P4M, 0.6, 0.4)
-    (axis,) = subset_figure(gate).axes
+    (axis,) = drawn(gate).axes
     weights = gate.weights().tolist()
     outer, inner = bars(axis, ROTATIONS), bars(axis, REFLECTIONS)
     (ring,) = {round(y + h, 9) for _, _, y, h in bars(axis, "#EDEDED")[:4]}
@@ -139,7 +145,7 @@ def test_each_bar_is_as_thick_as_its_weight():
 
 
 def test_up_and_counter_clockwise():
-    (axis,) = subset_figure(GroupGate(P4, 0.6)).axes
+    (axis,) = drawn(GroupGate(P4, 0.6)).axes
     assert axis.get_theta_offset() == pytest.approx(math.pi / 2)
     assert axis.get_theta_direction() == 1
 
@@ -157,14 +163,14 @@ class Circle(nn.Module):
 
 @pytest.mark.parametrize(("degrees", "extent"), [(60.0, 120.0), (180.0, 360.0), (0.0, 5.0)])
 def test_a_circle_has_one_sector(degrees, extent):
-    (axis,) = subset_figure(Circle(degrees)).axes
+    (axis,) = drawn(Circle(degrees)).axes
     assert bars(axis, ROTATIONS) == [pytest.approx((0.0, extent, 0.58, 0.42))]
     assert bars(axis, "#EDEDED")[0][1] == pytest.approx(360)
     assert bars(axis, REFLECTIONS) == []
 
 
 def test_a_group_without_rotations_has_a_mark():
-    (axis,) = subset_figure(GroupGate(C(1))).axes
+    (axis,) = drawn(GroupGate(C(1))).axes
     assert bars(axis, ROTATIONS)[0][1] == pytest.approx(5.0)
 
 
@@ -172,7 +178,7 @@ def test_rows_of_six_with_names_and_words():
     first = PartialLiftingConv2d(1, 2, 3, group=P4, width=0.25)
     second = PartialGroupConv2d(2, 2, 3, group=P4, gate=first.gate)  # one circle for both
     model = nn.Sequential(first, second, *(GroupGate(C(8), 0.3) for _ in range(7)))
-    figure = subset_figure(model)
+    figure = drawn(model)
     assert [axis.get_title() for axis in figure.axes] == ["0", *map(str, range(2, 9))]
     assert [axis.get_xlabel() for axis in figure.axes][:2] == [
         "no rotations",
@@ -181,4 +187,4 @@ def test_rows_of_six_with_names_and_words():
     places = [axis.get_subplotspec().rowspan.start for axis in figure.axes]
     assert places == [0] * 6 + [1] * 2
     assert not figure.legends
-    assert subset_figure(GroupGate(P4M)).legends
+    assert drawn(GroupGate(P4M)).legends

@@ -23,7 +23,10 @@ from margeq.layers.monotone import MonotoneGates, monotone_penalty
 from margeq.layers.partial import PartialGroupConv2d, PartialLiftingConv2d
 from margeq.layers.partial_mc import MonteCarloGroupConv2d, MonteCarloLiftingConv2d
 from margeq.layers.pathways import ResidualPathways
+from margeq.layers.planar_subset import PlanarSubset
 from margeq.layers.pooling import PolyphaseSubsample
+from margeq.layers.sample_norm import SampleBatchNorm, SampleInstanceNorm
+from margeq.layers.sample_pool import SamplePool
 from margeq.layers.samples import (
     GroupDistribution,
     GroupSampler,
@@ -63,9 +66,13 @@ __all__ = [
     "PartialGroupConv2d",
     "PartialLiftingConv2d",
     "PerElement",
+    "PlanarSubset",
     "PolyphaseSubsample",
     "ResidualPathways",
     "RestrictGroup",
+    "SampleBatchNorm",
+    "SampleInstanceNorm",
+    "SamplePool",
     "SeparableGroupConv2d",
     "SizeFault",
     "SparseConv2d",

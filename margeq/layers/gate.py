@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from margeq.errors import ConfigError, DataError
-from margeq.group_distributions import Interval, from_share, share_between
+from margeq.group_distributions import Interval
 from margeq.groups.finite import FiniteGroup
 from margeq.groups.planar import C, D
 from margeq.layers.elements import place_elements, take_elements
+from margeq.shares import from_share, share_between
 from margeq.subsets import LearnedSubset
 
 __all__ = ["GroupGate"]

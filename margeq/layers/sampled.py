@@ -183,8 +183,11 @@ class SampledConv(nn.Module):
 
 def _inputs(layer: SampledConv, x: Tensor, sampler: PositionSampler) -> Mapping[str, InputRows]:
     """Patches compared with the features of each output element, ``[n, (h t), 1, (i b)]``."""
+    basis = layer.outputs.counted(layer.basis(), 0)
+    if x.ndim == 5:  # without gradients the basis does without elements of weight 0
+        x = x.narrow(2, 0, basis.shape[-1] // layer.window.size**2)
     patches, n_places = patch_rows(layer.window, x.flatten(1, -3), sampler)
-    basis = layer.basis().to(patches.dtype)
+    basis = basis.to(patches.dtype)
     by_channel = patches.unflatten(-1, (layer.in_channels, -1))
     rows = torch.einsum("ntaiz,hbz->nhtaib", by_channel, basis).flatten(1, 2).flatten(-2)
     n_frames = len(basis)
@@ -196,7 +199,12 @@ def _inputs(layer: SampledConv, x: Tensor, sampler: PositionSampler) -> Mapping[
 
 
 def _output_grads(layer: SampledConv, x: Tensor, grad_y: Tensor) -> Mapping[str, Tensor]:
-    grads = grad_y.flatten(4).permute(0, 1, 3, 4, 2).flatten(2, 3)[:, :, :, None]
+    grads = (
+        layer.outputs.counted(grad_y, 3)
+        .flatten(4)
+        .permute(0, 1, 3, 4, 2)
+        .flatten(2, 3)[:, :, :, None]
+    )
     return {"weight": grads, "bias": grads}
 
 

@@ -37,7 +37,11 @@ class GroupSamples(NamedTuple):
 
 @runtime_checkable
 class GroupDistribution(Protocol):
-    """A distribution on rotations and reflections of the plane."""
+    """A distribution on rotations and reflections of the plane.
+
+    Elements of weight 0 have no effect. They may be answered if a gradient in their weight is
+    wanted, and then come last; else they are best left out.
+    """
 
     @property
     def has_rotations(self) -> bool:
@@ -119,9 +123,28 @@ class GroupSampler(nn.Module):
         """Other elements from now on, in training."""
         self._seed = torch.randint(_LARGEST_SEED, (), generator=generator, device="cpu")
 
+    def counted(self, maps: Tensor, axis: int) -> Tensor:
+        """The part of a map on elements that count, of which alone curvature is taken.
+
+        Args:
+            maps: on the present elements, with or without those of weight 0.
+            axis: of the elements.
+
+        Returns:
+            Without them.
+        """
+        with torch.no_grad():
+            counts = self().weights > 0
+        maps = maps.narrow(axis, 0, len(counts))
+        return maps if bool(counts.all()) else maps.index_select(axis, _places(counts, maps))
+
     def extra_repr(self) -> str:
         """Number of samples, for ``print(model)``."""
         return f"n_samples={self.n_samples}"
+
+
+def _places(chosen: Tensor, maps: Tensor) -> Tensor:
+    return chosen.nonzero().flatten().to(maps.device)
 
 
 def redraw(model: nn.Module, generator: torch.Generator | None = None) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,13 @@ from margeq.layers import (
     IdentityElement,
     MonteCarloGroupConv2d,
     MonteCarloLiftingConv2d,
+    SampleBatchNorm,
+    SampleInstanceNorm,
+    SamplePool,
     redraw,
 )
 from margeq.models.planar_layers import require_counts
+from margeq.models.sampled_groups import SampledGroup, TrainedBy, distributions
 
 __all__ = ["PartialResNet"]
 
@@ -30,15 +34,18 @@ class _Kernels:
     """Options of all filters."""
 
     size: int
-    hidden: int
-    omega_0: float
+    functions: Mapping[str, Any]
 
     def spatial(self) -> dict[str, Any]:
-        return {"kernel_size": self.size, "hidden": self.hidden, "omega_0": self.omega_0}
+        return {"kernel_size": self.size, **self.functions}
+
+    def before_norm(self) -> dict[str, Any]:
+        """A norm of each datum takes every bias away."""
+        return {**self.spatial(), "padding": "same", "bias": False}
 
     def pointwise(self) -> dict[str, Any]:
-        hidden = max(1, self.hidden // 2)
-        return {"kernel_size": 1, "hidden": hidden, "omega_0": self.omega_0, "bias": False}
+        hidden = max(1, self.functions["hidden"] // 2)
+        return {"kernel_size": 1, **self.functions, "hidden": hidden, "bias": False}
 
 
 class PartialBlock(nn.Module):
@@ -46,7 +53,8 @@ class PartialBlock(nn.Module):
 
         y = relu(pool(norm(relu(n2(conv2(dropout(relu(n1(conv1(x))))))) + shortcut(x))))
 
-    ``n1`` and ``n2`` normalise each channel of each datum over elements and positions. The shortcut
+    ``n1`` and ``n2`` normalise each channel of each datum over elements and positions, in which
+    elements count with their weight. The shortcut
     is a convolution of 1 x 1 pixels over the elements where channels or elements change.
 
     Args:
@@ -70,20 +78,18 @@ class PartialBlock(nn.Module):
         super().__init__()
         first, between, last = samplers
         self.conv1 = MonteCarloGroupConv2d(
-            in_channels, out_channels, inputs=first, outputs=between, padding="same",
-            **kernels.spatial(),
+            in_channels, out_channels, inputs=first, outputs=between, **kernels.before_norm(),
         )  # fmt: skip
         self.conv2 = MonteCarloGroupConv2d(
-            out_channels, out_channels, inputs=between, outputs=last, padding="same",
-            **kernels.spatial(),
+            out_channels, out_channels, inputs=between, outputs=last, **kernels.before_norm(),
         )  # fmt: skip
         self.shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels or first is not last:
             self.shortcut = MonteCarloGroupConv2d(
                 in_channels, out_channels, inputs=first, outputs=last, **kernels.pointwise()
             )
-        self.norm1, self.norm2 = (nn.InstanceNorm3d(out_channels) for _ in range(2))
-        self.norm, self.dropout = nn.BatchNorm3d(out_channels), nn.Dropout(dropout)
+        self.norm1, self.norm2 = SampleInstanceNorm(between), SampleInstanceNorm(last)
+        self.norm, self.dropout = SampleBatchNorm(out_channels, last), nn.Dropout(dropout)
         self.pool = _pool() if pools else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,11 +104,18 @@ class PartialResNet(nn.Module):
 
     In training every batch sees other elements of the group, in evaluation always the same. Without
     ``partial`` all maps have the same elements; with it each convolution on the group has its own
-    distribution, whose width is to be learned, and only the lifting sees the whole group.
+    distribution, whose width is to be learned, and only the lifting sees the whole group. See
+    :meth:`on` for the usual groups.
+
+    The hidden layers and frequencies of filters are hyperparameters, which
+    :func:`margeq.optimize_marglik` moves by the evidence; to another optimiser, of the task's loss,
+    they are parameters like all others. So are distributions, as long as they are made with
+    ``trained_by="loss"``.
 
     Differences to the published network: angles enter the filters as cosine and sine, one
-    coordinate more; sums over elements are means; features are normalised; and the frequency of
-    each filter is a parameter.
+    coordinate more; sums over elements are means; features are normalised; the frequency of each
+    filter is a parameter; and convolutions before a normalisation of each datum have no bias, which
+    it would take away.
 
     Args:
         whole: makes the distribution on the whole group.
@@ -114,11 +127,13 @@ class PartialResNet(nn.Module):
         kernel_size: extent of all filters, odd.
         hidden: width of the hidden layers of the filters.
         omega_0: initial frequency of the filters.
+        nonlinearity: of the hidden layers, see :class:`~margeq.layers.kernel.ImplicitKernel`.
         pool_after: maps that are halved: 0 the lifted one, 1 and 2 those of the blocks.
         dropout: probability, within the blocks.
         head: ``"max"`` over elements and positions; ``"mlp"``, a hidden layer on all elements (the
-            paper does not state its sizes: here as wide as the map); or ``"t2"``, a last
-            convolution whose outputs stand at the identity alone.
+            paper does not state its sizes: here as wide as the map), whose number is fixed, so
+            that the last map stands on the whole group; or ``"t2"``, a last convolution whose
+            outputs stand at the identity alone.
 
     Shapes:
         ``[n, in_channels, y, x] -> [n, num_classes]``; after pooling, maps of at least
@@ -134,7 +149,7 @@ class PartialResNet(nn.Module):
         >>> from margeq.layers import IdentityElement
         >>> model = PartialResNet(lambda: IdentityElement(has_rotations=True), 1)
         >>> sum(parameter.numel() for parameter in model.parameters())
-        450257
+        450065
     """
 
     def __init__(
@@ -149,6 +164,7 @@ class PartialResNet(nn.Module):
         kernel_size: int = 7,
         hidden: int = 32,
         omega_0: float = 10.0,
+        nonlinearity: str = "siren",
         pool_after: Collection[int] = (0, 1),
         dropout: float = 0.0,
         head: Literal["max", "mlp", "t2"] = "max",
@@ -159,12 +175,13 @@ class PartialResNet(nn.Module):
             raise ConfigError(f"head={head!r}: use one of {_HEADS}")
         if not set(pool_after) <= {0, 1, 2}:
             raise ConfigError(f"pool_after={tuple(pool_after)}: use any of 0, 1 and 2")
-        kernels = _Kernels(kernel_size, hidden, omega_0)
+        functions = {"hidden": hidden, "omega_0": omega_0, "nonlinearity": nonlinearity}
+        kernels = _Kernels(kernel_size, functions)
         first, *others = _samplers(whole, partial, n_samples, head)
         self.conv = MonteCarloLiftingConv2d(
             in_channels, width, outputs=first, padding="same", **kernels.spatial()
         )
-        self.norm = nn.BatchNorm3d(width)
+        self.norm = SampleBatchNorm(width, first)
         self.pool = _pool() if 0 in pool_after else nn.Identity()
         self.block1 = PartialBlock(
             width, width, (first, others[0], others[1]), kernels, 1 in pool_after, dropout
@@ -175,12 +192,47 @@ class PartialResNet(nn.Module):
         self.last = MonteCarloGroupConv2d(
             2 * width, 2 * width, inputs=others[3], outputs=others[4], **kernels.spatial()
         )
-        self.last_norm = nn.BatchNorm3d(2 * width)
-        self.readout: nn.Module = nn.Sequential(nn.AdaptiveMaxPool3d(1), nn.Flatten())
+        self.last_norm = SampleBatchNorm(2 * width, others[4])
+        self.readout: nn.Module = nn.Sequential(
+            SamplePool(others[4]), nn.AdaptiveMaxPool2d(1), nn.Flatten()
+        )
         if head == "mlp":
             angles, *_ = others[4].distribution.quadrature(n_samples)
             self.readout = _mlp(2 * width, len(angles))
         self.head = nn.Linear(2 * width, num_classes)
+
+    @classmethod
+    def on(
+        cls,
+        group: SampledGroup,
+        n_samples: int = 8,
+        *,
+        partial: bool = False,
+        trained_by: TrainedBy = "evidence",
+        **options: Any,
+    ) -> Self:
+        """The network on a usual group.
+
+        Args:
+            group: ``"T(2)"`` (the identity alone, with the filters of ``"SE(2)"``), ``"SE(2)"``
+                (rotations), ``"E(2)"`` (and reflections), or ``"mirror"`` (reflections alone).
+            n_samples: of the whole group.
+            partial: whether each convolution on it learns a part of it.
+            trained_by: of what is learned, see :class:`~margeq.layers.PlanarSubset`.
+            options: further arguments, such as ``head``.
+
+        Returns:
+            The network.
+
+        Raises:
+            ConfigError: for an argument out of range.
+
+        Example:
+            >>> model = PartialResNet.on("SE(2)", partial=True)
+            >>> sum(parameter.numel() for parameter in model.parameters())
+            467799
+        """
+        return cls(n_samples=n_samples, **distributions(group, partial, trained_by), **options)
 
     def forward(self, x: Tensor) -> Tensor:
         """Classify pictures, in training with elements of their own."""
@@ -204,6 +256,8 @@ def _samplers(
         found.append(first if partial is None else GroupSampler(partial(), n_samples))
     if head == "t2":
         found[-1] = GroupSampler(IdentityElement(), 1)
+    if head == "mlp" and partial is not None:
+        found[-1] = GroupSampler(whole(), n_samples)
     return found
 
 

@@ -39,7 +39,7 @@ def save_figures(result: MargLikResult, directory: Path, prefix: str = "") -> li
         "precisions": precision_figure(result),
         "effective": effective_figure(result),
         "filters": filter_figure(result.model),
-        "subsets": subset_figure(result.model),
+        "subsets": subset_figure(result.learned_subsets),
     }
     written = []
     for name, figure in figures.items():

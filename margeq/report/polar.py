@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.projections.polar import PolarAxes
-from torch import nn
 
 from margeq.report.palette import REFLECTIONS, ROTATIONS
-from margeq.subsets import LearnedSubset, Sector, gate_label, learned_subsets
+from margeq.subsets import LearnedSubset, Sector, gate_label
 
 __all__ = ["subset_figure"]
 
@@ -21,19 +21,18 @@ _GAP, _MARK = 2.5, 5.0
 """Degrees between two cells, and of the mark of an element that is alone."""
 
 
-def subset_figure(model: nn.Module) -> Figure | None:
+def subset_figure(subsets: Mapping[str, LearnedSubset]) -> Figure | None:
     """One circle per gate: how much of each rotation it leaves, and of each reflection inside.
 
     The identity is at the top, angles grow counter-clockwise; a bar that fills its ring has weight
     1. Reflections are at the rotation that follows the mirror.
 
     Args:
-        model: any module tree.
+        subsets: by name of the gate, as :func:`margeq.subsets.learned_subsets` finds them.
 
     Returns:
-        A figure with six circles per row, or ``None`` for a model without gates.
+        A figure with six circles per row, or ``None`` without gates.
     """
-    subsets = learned_subsets(model)
     if not subsets:
         return None
     columns, rows = min(len(subsets), _PER_ROW), math.ceil(len(subsets) / _PER_ROW)
