@@ -25,6 +25,7 @@ from benchmarks.networks import (
     sparse_lenet,
     trained,
 )
+from benchmarks.partial_layers import partial_rows
 from benchmarks.report import Report, Row, write
 from benchmarks.timing import Cost, Job, measure
 
@@ -71,8 +72,8 @@ def run(quick: bool) -> Report:
         "lengthscale_data": N_DATA,
     }
     factored, fourier = factored_rows(repeats), fourier_rows(repeats)
-    layers = group_layer_rows(repeats)
-    return Report(facts, rows, factored, lengthscales, memory, fourier, layers)
+    layers, parts = group_layer_rows(repeats), partial_rows(repeats)
+    return Report(facts, rows, factored, lengthscales, memory, fourier, layers, parts)
 
 
 def _rows(jobs: Sequence[Job], costs: Mapping[str, Cost], peaks: Mapping[str, float]) -> list[Row]:

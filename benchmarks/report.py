@@ -14,6 +14,7 @@ from benchmarks.factored import TARGET, FactoredRow
 from benchmarks.group_fourier import FourierRow
 from benchmarks.group_layers import LayerRow
 from benchmarks.memory import MemoryRow
+from benchmarks.partial_layers import PartialRow, partial_table
 
 __all__ = ["Report", "Row", "write"]
 
@@ -47,6 +48,7 @@ class Report:
     gradient_memory: Sequence[MemoryRow] = ()
     fourier: Sequence[FourierRow] = ()
     group_layers: Sequence[LayerRow] = ()
+    partial_layers: Sequence[PartialRow] = ()
 
     def as_json(self) -> str:
         """All numbers."""
@@ -65,6 +67,7 @@ class Report:
             "lengthscales": lengthscales,
             "gradient_memory": [asdict(row) for row in self.gradient_memory],
             "group_layers": [asdict(row) for row in self.group_layers],
+            "partial_layers": [asdict(row) for row in self.partial_layers],
             "fourier": [{**asdict(row), "speed_up": row.speed_up} for row in self.fourier],
         }
         return json.dumps(_rounded(report), indent=2, ensure_ascii=False) + "\n"
@@ -119,6 +122,12 @@ class Report:
                 "the full layer's expanded shape, right before each measurement.",
                 "",
                 *_layer_table(self.group_layers),
+                "",
+                "The same of layers that are left a part of the group on both sides: gates on "
+                "grids, and samples, of which there are as many as fall into the part. Beside each "
+                "is a plain convolution with as many multiplications.",
+                "",
+                *partial_table(self.partial_layers),
                 "",
                 "Eigenvalues of the input factor of a group convolution, of the whole factor and "
                 "of its blocks in the Fourier basis of the group, one per irreducible "
