@@ -175,6 +175,10 @@ _SAMPLED = tuple(
     for kind in ("full", "partial", "t2head", "mlp")
 )
 _KERNELS = tuple(f"mc-partial-se2-8@{kind}" for kind in ("relu", "leaky-relu", "swish"))
+_FEW_SAMPLES = (
+    *("mc-t2-se2-1", "mc-full-se2-4", "mc-partial-se2-4", "mc-t2head-se2-4", "mc-mlp-se2-4"),
+    *(f"mc-partial-se2-4@{kind}" for kind in ("relu", "leaky-relu", "swish")),
+)
 _THIRTEEN = tuple(f"cnn13-{kind}-se2-{n}" for n in (2, 4, 8) for kind in ("full", "partial"))
 _ALL = (
     *(*_GATES, *_MIRRORED_GATES, *_FINER_GATES),
@@ -211,7 +215,7 @@ _GPU30 = replace(
 _CPU = replace(
     _CPU_TOY,
     questions=(
-        ("rotmnist", (*_GATES, "mc-full-se2-4", "mc-partial-se2-4")),
+        ("rotmnist", (*_GATES, *_FEW_SAMPLES)),
         ("mnist", ("full-p4", "partial-p4")),
         ("cifar10", _GATES),
     ),

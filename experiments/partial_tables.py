@@ -44,6 +44,9 @@ def partial_tables(preset: PresetName, results: Path) -> str:
         "the rotations that is left, layer by layer; of reflections, their weight.",
         "## Sixes, table 1",
         accuracy_table(toy, toy_published),
+        "Turns to the left and to the right, in degrees, at which sixes stop to be upright by what "
+        "the networks say (figure 4):",
+        curve_table(toy),
         "## Pictures, tables 2 to 5",
         accuracy_table(pictures, picture_published),
         "## Which start the evidence kept",
@@ -115,6 +118,25 @@ def left(results: Sequence[Mapping[str, Any]]) -> str:
             mirrors.append(f"{fmean(s['mirror'] for s in subsets):.2f}")
     parts = [("rotations", rotations), ("reflections", mirrors)]
     return "; ".join(f"{name} {' / '.join(shares)}" for name, shares in parts if shares) or NOTHING
+
+
+def curve_table(records: Sequence[Record]) -> str:
+    """Where the curves of figure 4 fall through ½, of networks that can know.
+
+    Returns:
+        Markdown.
+    """
+    known = [r for r in records if "upright" in r["results"] and r["results"]["subsets"]]
+    rows = []
+    for key, found in _by(known, "task", "model", "training").items():
+        sides = [switches_at(record["results"]["upright"]) for record in found]
+        rows.append(
+            [
+                *key,
+                *(" / ".join(f"{turn:.0f}" for turn in side) for side in zip(*sides, strict=True)),
+            ]
+        )
+    return table(("task", "network", "trained by", "left, by seed", "right, by seed"), rows, 3)
 
 
 def starts_table(records: Sequence[Record]) -> str:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 from matplotlib.projections.polar import PolarAxes
 
@@ -36,7 +37,9 @@ def subset_figure(subsets: Mapping[str, LearnedSubset]) -> Figure | None:
     if not subsets:
         return None
     columns, rows = min(len(subsets), _PER_ROW), math.ceil(len(subsets) / _PER_ROW)
-    figure = Figure(figsize=(2.7 * columns, 3.1 * rows + 0.4), layout="constrained")
+    # the layout overlooks what stands below a circle
+    spaced = ConstrainedLayoutEngine(hspace=0.12)
+    figure = Figure(figsize=(2.7 * columns, 3.4 * rows + 0.4), layout=spaced)
     for number, (name, subset) in enumerate(subsets.items(), 1):
         axis = figure.add_subplot(rows, columns, number, projection="polar")
         assert isinstance(axis, PolarAxes)
