@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,8 +19,8 @@ from experiments.evaluate import evaluate
 from experiments.partial_data import load_partial
 from experiments.partial_networks import build_partial
 from experiments.partial_presets import PartialSettings
-from experiments.presets import PresetName
-from experiments.records import RESULTS, Cell
+from experiments.plain_training import PlainOptions
+from experiments.records import Cell
 from experiments.resume import run_missing
 from experiments.runs import rate
 from experiments.summary import starts
@@ -40,27 +39,11 @@ _EVALUATION_BATCH = 250
 
 
 @dataclass(frozen=True)
-class PartialOptions:
+class PartialOptions(PlainOptions):
     """Runs of the tables; a run whose record exists is skipped, so call again to resume."""
 
-    preset: PresetName = "cpu"
-    """Settings: as published, half an hour on one GPU, or two cores."""
-    seeds: tuple[int, ...] = ()
-    """Seeds; the preset's by default."""
-    models: tuple[str, ...] = ()
-    """Networks; the preset's by default."""
-    tasks: tuple[str, ...] = ()
-    """Questions; the preset's by default."""
     training: tuple[Training, ...] = ("loss", "evidence")
     """What moves gates, distributions and widths."""
-    data_dir: str = ""
-    """Folder with the data; the environment variable MARGEQ_DATA by default."""
-    out: Path = RESULTS
-    """Where the records go."""
-    threads: int = 1
-    """Threads for torch."""
-    device: str = "cpu"
-    """Device of torch, such as cuda."""
 
 
 def run_partial(

@@ -18,6 +18,8 @@ from margeq.data import ImageTask
 from margeq.errors import ConfigError, DataError
 from margeq.parameters import named_hyperparameters
 
+pytestmark = pytest.mark.usefixtures("torch_as_before")
+
 TINY = replace(
     TOY_PROBLEM["cpu"],
     models=("fc+conv",),
@@ -39,14 +41,6 @@ def load(cell, settings, data_dir):
     images = torch.randn(60, 1, 4, 4, generator=generator)
     labels = (images[:, 0, 0, 0] > 0).long()
     return ImageTask(images[:40], labels[:40], images[40:], labels[40:], name=cell.task)
-
-
-@pytest.fixture(autouse=True)
-def _torch_as_before():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,8 @@ from margeq.groups import P4
 from margeq.layers import GroupConv2d
 from margeq.models import rotmnist_cnn
 
+pytestmark = pytest.mark.usefixtures("torch_as_before")
+
 TINY = replace(
     ROTMNIST["cpu"],
     models=("z2-w2", "p4-w10", "gc-p4-w2"),
@@ -46,13 +48,6 @@ def digits(cell, settings, data_dir):
 
 
 DIGITS = replace(rotmnist.EXPERIMENT, presets={"cpu": TINY}, load=digits)
-
-
-@pytest.fixture(autouse=True)
-def _threads_as_before():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ from margeq.data import ImageTask
 from margeq.errors import ConfigError
 from margeq.training import solvers
 
+pytestmark = pytest.mark.usefixtures("torch_as_before")
+
 TINY = {
     "width": 1,
     "size": 4,
@@ -32,14 +34,6 @@ def pictures(size, data_dir, *, n_train, n_test, seed, channels=1):
     images = torch.randn(60, channels, size, size, generator=generator)
     labels = (images[:, 0, 0, 0] > 0).long()
     return ImageTask(images[:40], labels[:40], images[40:], labels[40:], name="pictures")
-
-
-@pytest.fixture(autouse=True)
-def _torch_as_before():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="module")

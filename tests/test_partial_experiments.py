@@ -20,6 +20,8 @@ from margeq.layers import MonotoneGates
 from margeq.models import AugmentedInputs, partial_cnn
 from margeq.subsets import named_gates
 
+pytestmark = pytest.mark.usefixtures("torch_as_before")
+
 PRESETS: tuple[PresetName, ...] = ("paper", "gpu30", "cpu")
 
 TINY = replace(
@@ -44,14 +46,6 @@ def digits(name="digits"):
     images = images[:, None]
     task = ImageTask(images[:40], labels[:40], images[40:], labels[40:], name, names)
     return task.with_validation(10)
-
-
-@pytest.fixture(autouse=True)
-def _torch_as_before():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="module")
