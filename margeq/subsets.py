@@ -24,6 +24,10 @@ __all__ = [
 ]
 
 
+_ROUNDING = 1e-6
+"""Of angles from widths in float32."""
+
+
 class Sector(NamedTuple):
     """Part of the circle of rotations.
 
@@ -87,9 +91,9 @@ class LearnedSubset:
         Returns:
             For instance ``rotations within ±85°, reflections off``.
         """
-        if self.degrees <= 180.0 * self.smallest_width:
+        if self.degrees <= 180.0 * self.smallest_width * (1.0 + _ROUNDING):
             rotations = "no rotations"
-        elif self.degrees >= 180.0:
+        elif self.degrees >= 180.0 * (1.0 - _ROUNDING):
             rotations = "all rotations"
         else:
             digits = ".0f" if self.degrees >= 1.0 else ".2g"

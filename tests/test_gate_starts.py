@@ -260,3 +260,9 @@ def test_gates_of_others_start_at_their_ends_too():
     assert {start: values["1.share"] for start, values in found.items()} == {
         "current": [0.6], "current@whole": [1.0], "current@identity": [0.0],
     }  # fmt: skip
+
+
+def test_a_gate_of_the_loss_is_refused_by_the_evidence():
+    model = nn.Sequential(GroupGate(P4, 1.0, trained_by="loss"))
+    with pytest.raises(ConfigError, match=r"the gate '0' was made with trained_by='loss'"):
+        margeq.optimize_marglik(model, [], hyperparameters=[model[0].raw_width])

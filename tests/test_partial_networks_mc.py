@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 import margeq
 from margeq.accumulation import accumulate
@@ -13,7 +14,13 @@ from margeq.adjoint import network_gradient
 from margeq.curvature.options import KfacOptions
 from margeq.errors import ConfigError
 from margeq.laplace import log_marginal_likelihood
-from margeq.layers import GroupSampler, IdentityElement, PlanarSubset
+from margeq.layers import (
+    GroupSampler,
+    IdentityElement,
+    MonteCarloLiftingConv2d,
+    PlanarSubset,
+    SamplePool,
+)
 from margeq.likelihoods import Categorical
 from margeq.models import PartialCNN13, PartialResNet
 from margeq.parameters import named_hyperparameters, named_weights
@@ -244,3 +251,27 @@ def test_evidence_trains_a_network(group):
 def test_own_distributions_still_work():
     model = PartialResNet(partial(IdentityElement, True), 1, **RESNET)
     assert model(torch.randn(4, 1, 8, 8)).shape == (4, 3)
+
+
+def test_every_step_of_training_sees_other_samples():
+    sampler = GroupSampler(PlanarSubset.whole(True, False), 4)
+    model = nn.Sequential(
+        MonteCarloLiftingConv2d(1, 2, 3, outputs=sampler),
+        SamplePool(sampler),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(2, 2),
+    )
+    seen = set()
+
+    def remember(module, inputs, output):
+        if module.training:
+            seen.add(float(output.angles[0]))
+
+    sampler.register_forward_hook(remember)
+    x, y = torch.randn(6, 1, 5, 5), torch.arange(6) % 2
+    margeq.optimize_marglik(
+        model, [(x[:3], y[:3]), (x[3:], y[3:])], n_epochs=2, n_epochs_burnin=1,
+        marglik_frequency=1, hyper_solver="fixed", seed=0, progress="none",
+    )  # fmt: skip
+    assert len(seen) == 4

@@ -117,11 +117,44 @@ def test_quadrature_is_the_mean_of_samples():
     draws, total = generator(), torch.zeros(2)
     for _ in range(3000):
         angles, signs, weights = subset.sample(8, draws)
+        weights = weights / weights.sum()  # as layers use them
         total += torch.stack([(angles.cos() * weights).sum(), (signs * weights).sum()]) / 3000
     angles, signs, weights = subset.quadrature(4000)
     mean = torch.stack([(angles.cos() * weights).sum(), (signs * weights).sum()])
     # the sum of the signs has standard deviation 0.35, so 0.02 is three standard errors
     torch.testing.assert_close(total, mean, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize(("width", "mirror"), [(1.0, 0.5), (0.5, 0.3), (None, 0.5), (0.7, 1.0)])
+def test_layers_say_on_average_what_they_say_in_evaluation(width, mirror):
+    rotations = width is not None
+    samplers = [
+        GroupSampler(frozen(rotations, True, width=width or 1.0, mirror=mirror), 32)
+        for _ in range(2)
+    ]
+    torch.manual_seed(1)
+    lift = MonteCarloLiftingConv2d(1, 2, 5, outputs=samplers[0], omega_0=1.0)
+    conv = MonteCarloGroupConv2d(2, 2, 3, inputs=samplers[0], outputs=samplers[1], omega_0=1.0)
+    pool, x, draws = SamplePool(samplers[1], "mean"), torch.randn(1, 1, 7, 7), generator()
+    found = []
+    with torch.no_grad():
+        for _ in range(600):
+            for sampler in samplers:
+                sampler.redraw(draws)
+            found.append(pool(conv(lift(x))).flatten())
+        lift.eval(), conv.eval(), pool.eval()
+        expected = pool(conv(lift(x))).flatten()
+    outputs = torch.stack(found)
+    error = outputs.std(0) / len(found) ** 0.5
+    # 4 standard errors of 600 draws, and what 16 midpoints leave of the integral
+    assert ((outputs.mean(0) - expected).abs() < 4 * error + 2e-3 * expected.abs()).all()
+
+
+@pytest.mark.parametrize(("mirrors", "n_samples"), [(True, 2), (False, 1)])
+def test_one_angle_is_refused_where_a_width_is_learned(mirrors, n_samples):
+    with pytest.raises(ConfigError, match=f"use at least {2 * n_samples}"):
+        PlanarSubset(True, mirrors).quadrature(n_samples)
+    assert len(PlanarSubset.whole(True, mirrors).quadrature(n_samples)[0]) == n_samples
 
 
 # --- who trains it, and where it gets stuck
@@ -176,7 +209,7 @@ def test_a_certain_choice_has_the_gradient_of_one_nearby(end, nearby):
         total = 0.0
         for seed in range(200):
             weights = subset.sample(1, generator(seed))[2]
-            share = (2 * end - 1) * weights[1] / weights[0]
+            share = (2 * end - 1) * weights[1]
             total += torch.autograd.grad(share, subset.raw_mirror)[0] / 200
         slopes[probability] = float(total / scale)
     assert slopes[end] == pytest.approx(slopes[nearby], rel=1e-6)

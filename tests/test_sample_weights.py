@@ -88,8 +88,8 @@ def test_pools_weight_elements():
     x = torch.tensor([1.0, 4.0, 3.0, 9.0]).reshape(1, 1, 4, 1)
     cases = {
         (1.0, 1.0, 1.0, 1.0): (9.0, 17 / 4), (2.0, 2.0, 2.0, 0.0): (4.0, 8 / 3),
-        (1.0, 1.0, 0.3, 0.3): (0.7 * 4 + 0.3 * 9, (5 + 0.3 * 12) / 2.6),
-        (0.5, 0.1, 0.2, 0.0): (0.6 + 0.2 * 3 + 0.2 * 4, (0.5 + 0.4 + 0.6) / 0.8),
+        (0.85, 0.85, 0.15, 0.15): (0.7 * 4 + 0.3 * 9, (0.85 * 5 + 0.15 * 12) / 2),
+        (0.5, 0.1, 0.2, 0.0): ((0.3 + 0.2 * 3 + 0.3 * 4) / 0.8, (0.5 + 0.4 + 0.6) / 0.8),
     }  # fmt: skip
     for weights, expected in cases.items():
         sampler = GroupSampler(Points([0.0] * 4, weights=list(weights)), 4)
@@ -105,11 +105,8 @@ class Half(PlanarSubset):
     def sample(self, n_samples, generator=None):
         angles, mirrors, _ = self.quadrature(n_samples)
         z = self.inclusion + (self.mirror - self.mirror.detach())
-        return (
-            angles,
-            mirrors,
-            torch.cat([torch.ones(len(angles) // 2), z.expand(len(angles) // 2)]),
-        )
+        half = (z / 2).expand(len(angles) // 2)
+        return angles, mirrors, torch.cat([1.0 - half, half])
 
 
 @pytest.mark.parametrize("inclusion", [0.0, 1.0])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from margeq.errors import ConfigError, DataError
 from margeq.group_distributions import Interval
-from margeq.groups.finite import FiniteGroup
+from margeq.groups.finite import FiniteGroup, require_group
 from margeq.groups.planar import C, D
 from margeq.layers.elements import place_elements, take_elements
 from margeq.shares import from_share, share_between
@@ -97,6 +97,7 @@ class GroupGate(nn.Module):
         if scale not in _SCALES:
             raise ConfigError(f"GroupGate: scale={scale!r}: use one of {_SCALES}")
         self.group, self.trained_by, self.scale = group, trained_by, scale
+        require_group(group)
         self.n_rotations, self.has_mirror = _structure(group)
         self.raw_width = self.raw_mirror = None
         if self.n_rotations > 1:

@@ -17,10 +17,11 @@ class SamplePool(nn.Module):
     """Maximum or mean over the elements on which a map is sampled.
 
         mean:  y = sum_s w_s x_s / sum_s w_s
-        max:   y = integral_0^1 max {x_s : w_s >= t max_r w_r} dt
+        max:   y = sum_k k (p_k - p_(k+1)) max {x_1, ..., x_k},   p_1 >= p_2 >= ... shares
 
-    The maximum of elements that are included together, with probabilities ``w``, on average: for
-    weights 1 of rotations and ``v`` of reflections
+    The average maximum over random sets of elements, the first ``k`` of which are there alone, and
+    share all weight, with probability ``k (p_k - p_(k+1))``. For reflections that are there with
+    probability ``v``, and then have half of the weight,
 
         y = (1 - v) max_rotations x + v max_all x .
 
@@ -40,7 +41,7 @@ class SamplePool(nn.Module):
         DataError: for a map that is not on the present samples.
 
     Reference:
-        Choquet 1954 (the integral of a function in a capacity, here of ``w``).
+        Choquet 1954 (the integral of a function in a capacity).
     """
 
     def __init__(self, sampler: GroupSampler, reduction: Literal["max", "mean"] = "max") -> None:
@@ -57,11 +58,13 @@ class SamplePool(nn.Module):
         shape = (-1, *[1] * (x.ndim - 3))
         if self.reduction == "mean":
             return (x * (weights / weights.sum()).reshape(shape)).sum(2)
-        # stable: of equal weights, the first one is the unit of all others
+        # stable, so that elements of equal weights stay in one order
         order = weights.detach().argsort(descending=True, stable=True)
-        levels = weights[order] / weights[order[0]]
-        drops = levels - torch.cat([levels[1:], levels.new_zeros(1)])
-        return (x.index_select(2, order).cummax(2).values * drops.reshape(shape)).sum(2)
+        shares = weights[order] / weights.sum()
+        drops = shares - torch.cat([shares[1:], shares.new_zeros(1)])
+        sizes = torch.arange(1.0, len(shares) + 1.0).to(shares)
+        largest = x.index_select(2, order).cummax(2).values
+        return (largest * (sizes * drops).reshape(shape)).sum(2)
 
     def extra_repr(self) -> str:
         """Reduction, for ``print(model)``."""

@@ -90,6 +90,12 @@ class GroupSampler(nn.Module):
     All layers that write or read the map hold the same sampler. It draws the same elements again
     until :func:`redraw`, as a function of the distribution's present parameters: what is called
     several times within a step sees the same elements, and gradients reach the parameters.
+    :func:`margeq.optimize_marglik` draws for each batch; a training loop of one's own calls
+    :func:`redraw`, unless the network does.
+
+    It is a module with as many names as layers hold it. ``torch.func.functional_call``, and so
+    ``vmap(grad)`` of a whole network, puts parameters of such modules back under one of them only:
+    use it on a copy.
 
     Args:
         distribution: of the elements.

@@ -26,6 +26,7 @@ from margeq.parameters import named_hyperparameters, requiring_grad
 from margeq.paths import idle_parameters
 from margeq.priors import GaussianPrior
 from margeq.revisit import ALL_DATA, Revisit
+from margeq.subsets import trained_gates
 
 __all__ = [
     "NetworkSteps",
@@ -67,7 +68,18 @@ def collect_hyperparameters(model: nn.Module, further: Sequence[Tensor]) -> dict
             found[name_of.get(id(tensor), f"hyperparameters[{index}]")] = tensor
     for name, tensor in found.items():
         _require_writable(name, tensor)
+    _require_ascending(model, found)
     return found
+
+
+def _require_ascending(model: nn.Module, found: Mapping[str, Tensor]) -> None:
+    # at its ends such a gate passes gradients of a loss, which lead the other way
+    for name, gate in trained_gates(model, found.values()).items():
+        if not gate.hyperparameter_names:
+            raise ConfigError(
+                f"hyperparameters: the gate {name!r} was made with trained_by='loss'; make it with "
+                f"trained_by='evidence', which needs no hyperparameters="
+            )
 
 
 def _require_writable(name: str, tensor: Tensor) -> None:

@@ -28,6 +28,7 @@ from margeq.errors import (
 )
 from margeq.function_share import function_variances, shares
 from margeq.laplace import Spectrum, decompose, effective_parameters, evidence
+from margeq.layers import redraw
 from margeq.likelihoods import Gaussian, Likelihood
 from margeq.paths import path_prefixes, path_sums
 from margeq.priors import GaussianPrior
@@ -148,6 +149,7 @@ class _Run:
 
     def _step(self, batch: Batch, precisions: Mapping[str, float]) -> Tensor:
         self._steps.optimizer.zero_grad(set_to_none=True)
+        redraw(self._p.model)
         outputs = forward(self._p.model, batch.inputs)
         targets = self._likelihood.check_targets(outputs, batch.targets)
         loss = self._likelihood.loss(outputs, targets)
