@@ -253,6 +253,7 @@ def test_own_distributions_still_work():
     assert model(torch.randn(4, 1, 8, 8)).shape == (4, 3)
 
 
+@pytest.mark.filterwarnings("ignore::margeq.errors.ConvergenceWarning")
 def test_every_step_of_training_sees_other_samples():
     sampler = GroupSampler(PlanarSubset.whole(True, False), 4)
     model = nn.Sequential(
