@@ -206,3 +206,13 @@ def test_trained_gates_are_those_whose_tensors_are_trained():
 )
 def test_labels(name, label):
     assert gate_label(name) == label
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [2, 3, 5, 7, 12])
+def test_words_at_both_ends_do_not_depend_on_rounding(n, dtype):
+    gate = GroupGate(C(n)).to(dtype)
+    gate.to_identity()
+    assert str(gate.learned_subset()) == "no rotations"
+    gate.to_whole()
+    assert str(gate.learned_subset()) == "all rotations"
