@@ -71,12 +71,16 @@ def signature(inputs: Any) -> object:
 
 
 def read_batches(
-    loader: Iterable[Any], device: torch.device, batch_fn: BatchFunction | None = None
+    loader: Iterable[Any],
+    device: torch.device,
+    batch_fn: BatchFunction | None = None,
+    *,
+    least: int = 1,
 ) -> Iterator[Batch]:
-    """Yield checked batches on ``device``.
+    """Yield checked batches on ``device``, of ``least`` data together; a rank may have none.
 
     Raises:
-        DataError: for no batches, a batch that is no ``(inputs, targets)`` pair, inputs and
+        DataError: for too few data, a batch that is no ``(inputs, targets)`` pair, inputs and
             targets of different length, or a NaN or infinite input.
     """
     n_data = 0
@@ -91,7 +95,7 @@ def read_batches(
         n_data += len(batch)
         if len(batch):
             yield batch
-    if not n_data:
+    if n_data < least:
         raise DataError(
             "loader yielded 0 samples; it must be re-iterable (a DataLoader or a list of "
             "batches, not a generator) and its data set must not be empty"

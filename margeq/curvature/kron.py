@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from margeq.curvature.addition import require_same, require_same_kind
 from margeq.curvature.fourier import GroupCirculant
 from margeq.curvature.io import Layout
 from margeq.linalg import psd_eigenvalues
@@ -38,7 +39,22 @@ class BlockKron:
     symmetry: GroupCirculant | None = None
 
     def __add__(self, other: BlockKron) -> BlockKron:
-        """Sums of two disjoint sets of data."""
+        """Sums of two disjoint sets of data, at the same weights.
+
+        Returns:
+            The block of all data; ``resolution`` is that of the coarser part, and a symmetry is
+            kept if both parts have it.
+
+        Raises:
+            ConfigError: for blocks of other shapes or another layout.
+        """
+        require_same_kind(self, other)
+        if self.is_empty or other.is_empty:
+            require_same("number of weights", self.numel, other.numel)
+            return self if other.is_empty else other
+        require_same("shape of grad_cov", self.grad_cov.shape, other.grad_cov.shape)
+        require_same("shape of input_cov", self.input_cov.shape, other.input_cov.shape)
+        require_same("layout", self.layout, other.layout)
         return replace(
             self,
             grad_cov=self.grad_cov + other.grad_cov,
@@ -47,6 +63,15 @@ class BlockKron:
             resolution=max(self.resolution, other.resolution),
             symmetry=self.symmetry if self.symmetry == other.symmetry else None,
         )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums over data, by name."""
+        return {name: getattr(self, name) for name in ("grad_cov", "input_cov", "n_shared")}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no datum has reached the weight; all sums are then zero, in any shape."""
+        return not float(self.n_shared)
 
     @property
     def numel(self) -> int:
