@@ -199,6 +199,7 @@ def weights_with_rules(
     Raises:
         ConfigError: for a model without weights, or names that it does not have.
     """
+    model = unwrapped(model)
     weights = named_weights(model, parameters)
     if not weights:
         raise ConfigError("the model has no trainable weight to learn a prior for")

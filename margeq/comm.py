@@ -227,30 +227,34 @@ def _error_of_another(notes: Sequence[Any]) -> Exception:
     return DistributedError(f"rank {rank} failed: {name}: {message}")
 
 
-def require_equal(comm: Comm, tensors: Mapping[str, Tensor]) -> None:
+def require_equal(comm: Comm, values: Mapping[str, Any]) -> None:
     """Check that all ranks hold the same values, by comparing digests of a few bytes each.
 
     Args:
         comm: the ranks.
-        tensors: whatever has to be identical, by name.
+        values: whatever has to be identical, by name: tensors, or anything with a telling repr.
 
     Raises:
-        DistributedMismatchError: naming the first tensor that differs, and the ranks.
+        DistributedMismatchError: naming the first value that differs, and the ranks.
     """
     if comm.size == 1:
         return
-    notes = comm.gather({name: _digest(tensor) for name, tensor in tensors.items()})
+    notes = comm.gather({name: _digest(value) for name, value in values.items()})
     for name in sorted(set().union(*notes)):
-        values = [note.get(name, "missing") for note in notes]
-        if len(set(values)) > 1:
-            others = [rank for rank, value in enumerate(values) if value != values[0]]
+        found = [note.get(name, "missing") for note in notes]
+        if len(set(found)) > 1:
+            others = [rank for rank, value in enumerate(found) if value != found[0]]
             raise DistributedMismatchError(
-                f"{name!r} differs between ranks: {others} have other values than rank 0; start "
-                f"all ranks from the same seed or state_dict, or broadcast it from rank 0"
+                f"{name!r} differs between ranks: on {others} it is not what it is on rank 0; "
+                f"start all ranks from the same seed, options and state_dict, or broadcast them "
+                f"from rank 0"
             )
 
 
-def _digest(tensor: Tensor) -> str:
-    values = tensor.detach().cpu().contiguous()
-    raw = values.reshape(-1).view(torch.uint8).numpy()
-    return sha256(f"{values.dtype} {tuple(values.shape)}".encode() + raw.tobytes()).hexdigest()[:16]
+def _digest(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return sha256(repr(value).encode()).hexdigest()[:16]
+    tensor = value.detach().cpu().contiguous()
+    found = sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]

@@ -156,8 +156,8 @@ def group_state():
 
 
 def dyadic(*shape):
-    """Multiples of a quarter: sums of products of them are exact."""
-    return torch.randint(-4, 5, shape) / 4
+    """Few halves: sums of their products are exact."""
+    return torch.randint(-1, 2, shape) / 2
 
 
 @CURVATURES
