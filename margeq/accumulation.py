@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from margeq import layers as _layers  # noqa: F401  registers the rules of all layers
-from margeq.batches import Batch, read_batches
+from margeq.batches import Batch, read_batches, refuse_padding
 from margeq.comm import ALONE, Comm, together
 from margeq.curvature.capture import (
     Use,
@@ -24,19 +24,19 @@ from margeq.curvature.capture import (
     forward,
     record,
     require_batch_axis,
-    require_rules,
 )
 from margeq.curvature.eigen import EigenBases, EigenSums, eigen_bases
 from margeq.curvature.factors import FactorSums, InputCovCache
 from margeq.curvature.forms import CurvatureSums
-from margeq.curvature.full import FullSums, require_small
+from margeq.curvature.full import FullSums
 from margeq.curvature.options import EvidenceFlavour, KfacOptions
 from margeq.curvature.packing import ColumnPlan, kept_columns, regrouped
 from margeq.curvature.sampling import checksum, reseeded, sample_keys
+from margeq.curvature.selection import weights_with_rules
 from margeq.errors import ConfigError, NonFiniteError
 from margeq.likelihoods import Likelihood, as_likelihood
 from margeq.linalg import accumulation_dtype, is_finite
-from margeq.parameters import log_hyperprior, named_weights, unwrapped
+from margeq.parameters import log_hyperprior, unwrapped
 from margeq.reduction import reduce_state
 from margeq.state import CurvatureState
 
@@ -45,6 +45,7 @@ __all__ = [
     "InputCovCache",
     "accumulate",
     "accumulate_with",
+    "empty_state",
     "weights_with_rules",
 ]
 
@@ -164,6 +165,7 @@ def _own_sums(
     comm: Comm,
 ) -> CurvatureState:
     """The sums over the data of this rank."""
+    refuse_padding(loader)
     weights = weights_with_rules(model, parameters, options)
     if bases is not None and options.curvature != "ekfac":
         raise ConfigError(f"bases belong to curvature='ekfac', not to {options.curvature!r}")
@@ -188,26 +190,19 @@ def _own_sums(
     return run.state(options.flavour(name, parameters, likelihood.temperature))
 
 
-def weights_with_rules(
-    model: nn.Module, parameters: str | Sequence[str], options: KfacOptions
-) -> dict[str, nn.Parameter]:
-    """The weights to integrate out, checked: there are some, and each one has a curvature rule.
-
-    Returns:
-        As :func:`margeq.named_weights`.
-
-    Raises:
-        ConfigError: for a model without weights, or names that it does not have.
-    """
-    model = unwrapped(model)
-    weights = named_weights(model, parameters)
-    if not weights:
-        raise ConfigError("the model has no trainable weight to learn a prior for")
-    require_rules(model, weights)
-    options.require_known(weights)
-    if options.curvature == "full":
-        require_small(weights)
-    return weights
+def empty_state(
+    model: nn.Module,
+    likelihood: Likelihood,
+    options: KfacOptions,
+    *,
+    parameters: str | Sequence[str] = "all",
+    bases: EigenBases | None = None,
+) -> CurvatureState:
+    """The state of no data at all, to which those of data can be added."""
+    weights = weights_with_rules(model, parameters, options)
+    sums = _sums(weights, options, None, bases)
+    run = _Pass(unwrapped(model), weights, likelihood, options, sums, check=False)
+    return run.state(options.flavour(type(likelihood).__name__, parameters, likelihood.temperature))
 
 
 def _sums(

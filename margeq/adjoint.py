@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from margeq.accumulation import CurvatureState, weights_with_rules
-from margeq.batches import Batch, read_batches
+from margeq.accumulation import CurvatureState
+from margeq.batches import Batch, read_batches, refuse_padding
 from margeq.comm import ALONE, Comm, require_equal, together
 from margeq.curvature.capture import (
     Use,
@@ -36,6 +36,7 @@ from margeq.curvature.forms import BlockCurvature
 from margeq.curvature.options import KfacOptions
 from margeq.curvature.roots import Root, SketchedRoot
 from margeq.curvature.sampling import reseeded, sample_keys
+from margeq.curvature.selection import weights_with_rules
 from margeq.errors import ConfigError, DataError
 from margeq.laplace import log_marginal_likelihood
 from margeq.likelihoods import Likelihood
@@ -154,6 +155,7 @@ def _visit(
     comm: Comm,
 ) -> tuple[int, int]:
     """Visit this rank's data; returns their number and the period of the visits."""
+    refuse_padding(loader)
     period, counted = revisit.period(loader), CountedLoader(loader)
     for batch in read_batches(counted, device, batch_fn, least=1 if comm.size == 1 else 0):
         if batch.index % period == revisit.seed % period:

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 
 from margeq.curvature.sampling import tensors_of
-from margeq.errors import DataError
+from margeq.errors import ConfigError, DataError
 from margeq.linalg import is_finite
 
-__all__ = ["Batch", "concatenate", "map_tensors", "read_batches", "signature"]
+__all__ = ["Batch", "concatenate", "map_tensors", "read_batches", "refuse_padding", "signature"]
 
 BatchFunction = Callable[[Any], tuple[Any, Any]]
 
@@ -68,6 +69,24 @@ def signature(inputs: Any) -> object:
     if isinstance(inputs, (list, tuple)):
         return [signature(value) for value in inputs]
     return id(inputs)
+
+
+def refuse_padding(loader: Any) -> None:
+    """Refuse torch's sampler for ranks where it makes shares equal by repeating or dropping data.
+
+    Raises:
+        ConfigError: with both numbers, and the way out.
+    """
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, DistributedSampler):
+        return
+    n_data = len(sampler.dataset)  # pyright: ignore[reportArgumentType]
+    if sampler.total_size != n_data:
+        raise ConfigError(
+            f"the loader's DistributedSampler makes {sampler.total_size} data of {n_data}, so that "
+            f"all ranks have equally many; the evidence counts each datum once: use "
+            f"margeq.distributed.shard(dataset) for it"
+        )
 
 
 def read_batches(

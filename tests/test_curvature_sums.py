@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from margeq.accumulation import _own_sums, accumulate_with
+from margeq.accumulation import accumulate_with, empty_state
 from margeq.curvature.kron import BlockKron
 from margeq.curvature.options import KfacOptions
 from margeq.errors import ConfigError, FlavourMismatchError
@@ -63,26 +63,11 @@ def parts_of(batch, *ends):
     return [(x[a:b], y[a:b]) for a, b in pairwise(edges)]
 
 
-class TwoRanks:
-    """Stands for two ranks, whose passes over their own data may find none."""
-
-    rank, size = 0, 2
-
-    def sum(self, tensors):
-        return list(tensors)
-
-    def gather(self, note):
-        return [note]
-
-    def any(self, flag):
-        return flag
-
-
 def state_of(model, part, likelihood, options, bases=None):
     """As on a rank, whose share may be empty."""
     if len(part[1]):
         return accumulate_with(model, [part], likelihood, options, bases=bases)
-    return _own_sums(model, [], likelihood, options, "all", None, None, bases, False, TwoRanks())
+    return empty_state(model, likelihood, options, bases=bases)
 
 
 @settings(max_examples=25)

@@ -81,16 +81,28 @@ class BlockKron:
 
     def log_eigenvalues(self, name: str = "weight") -> tuple[Tensor, int]:
         """Logarithms of the eigenvalues ``[o, b, i]`` (``-inf`` for zero) and the clamped count."""
-        grad_values, grad_clamped = psd_eigenvalues(self.grad_cov, name, self.resolution)
+        grad_values, grad_clamped = self.grad_eigenvalues(name)
+        input_values, input_clamped = self.input_eigenvalues(name)
+        return self.joined_logs(grad_values, input_values), grad_clamped + input_clamped
+
+    def grad_eigenvalues(self, name: str = "weight") -> tuple[Tensor, int]:
+        """Eigenvalues ``[b, o]`` of ``grad_cov`` and the clamped count."""
+        return psd_eigenvalues(self.grad_cov, name, self.resolution)
+
+    def input_eigenvalues(self, name: str = "weight") -> tuple[Tensor, int]:
+        """Eigenvalues ``[b, i]`` of ``input_cov`` and the clamped count."""
         decompose = psd_eigenvalues if self.symmetry is None else self.symmetry.eigenvalues
-        input_values, input_clamped = decompose(self.input_cov, name, self.resolution)
+        return decompose(self.input_cov, name, self.resolution)
+
+    def joined_logs(self, grad_values: Tensor, input_values: Tensor) -> Tensor:
+        """Logarithms ``[o, b, i]`` of the eigenvalues, from those of the factors."""
         logs = (
             _safe_log(grad_values).mT[:, :, None]
             + _safe_log(input_values)[None]
             - _safe_log(self.n_shared)
         )
         empty = self.n_shared <= 0
-        return torch.where(empty, -torch.inf, logs), grad_clamped + input_clamped
+        return torch.where(empty, -torch.inf, logs)
 
     def to_dense(self) -> Tensor:
         """``[P, P]``, row-major in the parameter's own layout."""

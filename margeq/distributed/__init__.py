@@ -18,6 +18,9 @@ from margeq.comm import (
     together,
 )
 from margeq.distributed.accumulation import accumulate
+from margeq.distributed.eigen import decompose, shared_out
+from margeq.distributed.ordered import accumulate_in_order
+from margeq.distributed.shards import shard, share_bounds
 from margeq.reduction import reduce_state
 
 __all__ = [
@@ -25,8 +28,13 @@ __all__ = [
     "NullComm",
     "TorchComm",
     "accumulate",
+    "accumulate_in_order",
     "current_comm",
+    "decompose",
     "reduce_state",
     "require_equal",
+    "shard",
+    "share_bounds",
+    "shared_out",
     "together",
 ]

@@ -14,7 +14,7 @@ from margeq.curvature.options import KfacOptions
 from margeq.likelihoods import Likelihood, as_likelihood
 from margeq.parameters import unwrapped
 
-__all__ = ["accumulate"]
+__all__ = ["accumulate", "what_ranks_share"]
 
 
 def accumulate(
@@ -59,10 +59,23 @@ def accumulate(
     likelihood = as_likelihood(likelihood)
     if isinstance(options, str):
         options = KfacOptions(curvature=options)
-    name = f"{type(likelihood).__name__} at temperature {likelihood.temperature}"
-    asked = {"options": options, "likelihood": name, "parameters": parameters}
-    require_equal(comm, {**unwrapped(model).state_dict(), **asked})
+    require_equal(comm, what_ranks_share(model, likelihood, options, parameters))
     return accumulate_with(
         model, loader, likelihood, options, parameters=parameters, batch_fn=batch_fn,
         bases=bases, check=True, comm=comm,
     )  # fmt: skip
+
+
+def what_ranks_share(
+    model: nn.Module,
+    likelihood: Likelihood,
+    options: KfacOptions,
+    parameters: str | Sequence[str],
+) -> dict[str, Any]:
+    """All that has to be identical on all ranks before a pass: weights, buffers and options."""
+    return {
+        **unwrapped(model).state_dict(),
+        "likelihood": f"{type(likelihood).__name__} at temperature {likelihood.temperature}",
+        "options": options,
+        "parameters": parameters,
+    }

@@ -6,18 +6,28 @@ gradients and spoils sums: the repeated data would count twice in curvature, fit
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Any, Protocol, runtime_checkable
 
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from margeq.comm import Comm, current_comm
 from margeq.counts import is_count
-from margeq.data.batching import TensorLoader
 from margeq.errors import ConfigError
 
-__all__ = ["shard", "share_bounds"]
+__all__ = ["Divisible", "n_data_of", "part_of", "shard", "share_bounds"]
 
-_Data = TypeVar("_Data", bound=Any)
+
+@runtime_checkable
+class Divisible(Protocol):
+    """A loader that knows its parts, such as :class:`margeq.data.TensorLoader`."""
+
+    dataset: Any
+    """Something with a length."""
+
+    def part(self, first: int, last: int, batch_size: int | None = None) -> Iterable[Any]:
+        """A loader of the data from ``first`` to before ``last``."""
+        ...
 
 
 def share_bounds(n_data: int, rank: int, size: int, multiple: int = 1) -> tuple[int, int]:
@@ -44,16 +54,16 @@ def share_bounds(n_data: int, rank: int, size: int, multiple: int = 1) -> tuple[
 
 
 def shard(
-    data: Dataset[Any] | TensorLoader,
+    data: Dataset[Any] | Divisible,
     batch_size: int | None = None,
     *,
     comm: Comm | None = None,
     **loader_options: Any,
-) -> DataLoader[Any] | TensorLoader:
+) -> Iterable[Any]:
     """This rank's share of the data as a loader, in order; it may be empty.
 
     Args:
-        data: a data set with ``len`` and indices, or a :class:`margeq.data.TensorLoader` that
+        data: a data set with length and indices, or a :class:`margeq.data.TensorLoader` that
             neither shuffles nor augments.
         batch_size: data per batch; default: that of the ``TensorLoader``, or 256.
         comm: the ranks; default: all of torch.distributed, if it is initialised.
@@ -72,23 +82,27 @@ def shard(
     refused = sorted({"sampler", "batch_sampler", "shuffle", "drop_last"} & set(loader_options))
     if refused:
         raise ConfigError(f"{refused} would change which data a share holds; leave them out")
-    if isinstance(data, TensorLoader):
-        return _tensor_share(data, batch_size or data.batch_size, comm)
-    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+    if not isinstance(data, Divisible) and not all(
+        hasattr(data, name) for name in ("__len__", "__getitem__")
+    ):
         raise ConfigError(
-            f"a {type(data).__name__} has no length or no indices; pass a map-style data set (that "
-            f"of a DataLoader is loader.dataset), or let each rank read files of its own"
+            f"a {type(data).__name__} has no length or no indices; pass a map-style data set (of a "
+            f"DataLoader: loader.dataset), or let each rank read files of its own"
         )
-    share = Subset(data, range(*share_bounds(len(data), comm.rank, comm.size)))  # pyright: ignore[reportArgumentType]
-    return DataLoader(share, batch_size=batch_size or 256, **loader_options)
+    bounds = share_bounds(n_data_of(data), comm.rank, comm.size)
+    return part_of(data, *bounds, batch_size, **loader_options)
 
 
-def _tensor_share(loader: TensorLoader, batch_size: int, comm: Comm) -> TensorLoader:
-    if loader.shuffle or loader.augment is not None:
-        raise ConfigError(
-            "this TensorLoader shuffles or augments; the evidence needs the data as they are: pass "
-            "one with shuffle=False and augment=None"
-        )
-    images, labels = loader.dataset.tensors
-    share = slice(*share_bounds(len(labels), comm.rank, comm.size))
-    return TensorLoader(images[share], labels[share], batch_size)
+def n_data_of(data: Any) -> int:
+    """Number of data of a data set or a divisible loader."""
+    return len(data.dataset if isinstance(data, Divisible) else data)
+
+
+def part_of(
+    data: Any, first: int, last: int, batch_size: int | None, **loader_options: Any
+) -> Iterable[Any]:
+    """A loader of the data from ``first`` to before ``last``, in order."""
+    if isinstance(data, Divisible):
+        return data.part(first, last, batch_size)
+    part = Subset(data, range(first, last))
+    return DataLoader(part, batch_size=batch_size or 256, **loader_options)
