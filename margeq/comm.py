@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from margeq import errors
-from margeq.errors import DistributedError, DistributedMismatchError
+from margeq.errors import ConfigError, DistributedError, DistributedMismatchError
 
 __all__ = [
     "ALONE",
@@ -31,6 +31,7 @@ __all__ = [
     "agree",
     "current_comm",
     "require_equal",
+    "require_one_process",
     "together",
 ]
 
@@ -179,6 +180,22 @@ def current_comm() -> Comm:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return TorchComm()
     return ALONE
+
+
+def require_one_process(what: str) -> None:
+    """Refuse what would give each rank an answer for its own share of the data.
+
+    Raises:
+        ConfigError: in a process group of several ranks, with what works there.
+    """
+    size = current_comm().size
+    if size > 1:
+        raise ConfigError(
+            f"{what} trains in one process, and torch.distributed has {size}: each would learn "
+            f"from its own share of the data. Train with a loop of your own, and take the evidence "
+            f"from margeq.distributed.accumulate, margeq.laplace and margeq.adjoint, which work on "
+            f"all ranks together"
+        )
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import isclose
 from typing import Any
 
 import torch
@@ -144,7 +145,7 @@ def _require_addable(notes: Sequence[Mapping[str, Any]]) -> None:
 
 def _require_same(what: str, values: Sequence[Any], ranks: Sequence[int]) -> None:
     for rank, value in zip(ranks, values, strict=True):
-        if value != values[0]:
+        if not _alike(value, values[0]):
             first, second = _telling(values[0], value)
             advice = (
                 "margeq.distributed.accumulate finds one threshold for all"
@@ -157,10 +158,19 @@ def _require_same(what: str, values: Sequence[Any], ranks: Sequence[int]) -> Non
             )
 
 
+def _alike(one: Any, other: Any) -> bool:
+    """Equality, of numbers up to the rounding of other processors."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
+    if isinstance(one, float) and isinstance(other, float):
+        return isclose(one, other, rel_tol=1e-9)
+    return one == other
+
+
 def _telling(one: Any, other: Any) -> tuple[Any, Any]:
     """The part of two mappings that differs."""
     if isinstance(one, dict) and isinstance(other, dict):
-        keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+        keys = [key for key in {**one, **other} if not _alike(one.get(key), other.get(key))]
         return {k: one.get(k) for k in keys[:3]}, {k: other.get(k) for k in keys[:3]}
     return one, other
 

@@ -15,15 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import margeq
 from margeq.accumulation import accumulate_with
 from margeq.adjoint import network_gradient
 from margeq.comm import TorchComm, current_comm, require_equal, together
+from margeq.curvature import exact
 from margeq.curvature.options import KfacOptions
 from margeq.data import TensorLoader
 from margeq.distributed import (
     accumulate,
     accumulate_in_order,
     decompose,
+    mean_over_ranks,
     reduce_state,
     shard,
     shared_out,
@@ -33,14 +36,16 @@ from margeq.errors import (
     DataError,
     DistributedError,
     DistributedMismatchError,
+    MissingRuleError,
     NonFiniteError,
 )
 from margeq.laplace import accumulate as accumulate_alone
 from margeq.laplace import eigen_bases, log_marginal_likelihood
 from margeq.likelihoods import Categorical, Gaussian
+from margeq.parameters import named_weights
 from margeq.priors import GaussianPrior
 from tests.network_problems import conv, factored, network, problem
-from tests.oracles import F64, MeanPool, data_for, net
+from tests.oracles import F64, MeanPool, data_for, net, relative_error
 from tests.ranks import on_ranks
 from tests.test_curvature_sums import assert_same_state, group_network, parts_of, sums
 
@@ -453,6 +458,18 @@ def test_wrapped_models_have_the_evidence_and_names_of_what_is_inside():
         assert training
 
 
+def test_data_parallel_models_are_read_without_their_wrapper():
+    model, batch = small_problem()
+    parallel = nn.DataParallel(nn.DataParallel(model))
+    assert list(named_weights(parallel)) == list(dict(model.named_parameters()))
+    assert_same_state(accumulate_alone(parallel, [batch]), accumulate_alone(model, [batch]), 0.0)
+    assert torch.equal(
+        exact.ggn(parallel, [batch], Categorical()), exact.ggn(model, [batch], Categorical())
+    )
+    with pytest.raises(MissingRuleError, match="'1.weight' of 1"):
+        accumulate_alone(nn.DataParallel(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))), [batch])
+
+
 def buckets(rank):
     model, batch = small_problem()
     ddp = nn.parallel.DistributedDataParallel(model)
@@ -658,3 +675,42 @@ def test_order_needs_chunks_data_and_a_root_without_threshold():
         accumulate_in_order(model, loader, chunk=0)
     with pytest.raises(DataError, match="empty"):
         accumulate_in_order(model, loader.part(0, 0))
+
+
+def train(rank):
+    model, (x, y) = small_problem()
+    before = [p.detach().clone() for p in model.parameters()]
+    try:
+        margeq.optimize_marglik(model, [(x, y)], n_epochs=1, progress="none")
+    except ConfigError as error:
+        same = all(map(torch.equal, before, model.parameters()))
+        return str(error), same
+    return None
+
+
+def test_training_refuses_several_ranks():
+    for message, same in on_ranks(2, train):
+        assert "torch.distributed has 2" in message
+        assert "margeq.distributed.accumulate" in message
+        assert same
+
+
+def one_step(rank, edges):
+    model, batch = small_problem()
+    x, y = parts_of(batch, *edges)[rank]
+    ddp = nn.parallel.DistributedDataParallel(model)
+    total = nn.functional.cross_entropy(ddp(x), y, reduction="sum")
+    penalty = sum(p.square().sum() for p in model.parameters())
+    (mean_over_ranks(total, len(y)) + penalty).backward()
+    return [p.grad for p in model.parameters()]
+
+
+# P5
+@pytest.mark.parametrize("edges", [(5,), (7,)])
+def test_a_training_step_on_uneven_batches_is_that_of_one_process(edges):
+    model, (x, y) = small_problem()
+    loss = nn.functional.cross_entropy(model(x), y)
+    (loss + sum(p.square().sum() for p in model.parameters())).backward()
+    for grads in on_ranks(2, one_step, edges):
+        for found, parameter in zip(grads, model.parameters(), strict=True):
+            assert relative_error(found, parameter.grad) <= 1e-14

@@ -21,6 +21,7 @@ from margeq.distributed.accumulation import accumulate
 from margeq.distributed.eigen import decompose, shared_out
 from margeq.distributed.ordered import accumulate_in_order
 from margeq.distributed.shards import shard, share_bounds
+from margeq.distributed.training import mean_over_ranks
 from margeq.reduction import reduce_state
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "accumulate_in_order",
     "current_comm",
     "decompose",
+    "mean_over_ranks",
     "reduce_state",
     "require_equal",
     "shard",
