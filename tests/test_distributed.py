@@ -466,7 +466,7 @@ def test_data_parallel_models_are_read_without_their_wrapper():
     assert torch.equal(
         exact.ggn(parallel, [batch], Categorical()), exact.ggn(model, [batch], Categorical())
     )
-    with pytest.raises(MissingRuleError, match="'1.weight' of 1"):
+    with pytest.raises(MissingRuleError, match=r"'1\.weight' of 1"):
         accumulate_alone(nn.DataParallel(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))), [batch])
 
 
