@@ -52,8 +52,13 @@ def assert_same_state(found, expected, tolerance=1e-12):
     assert max(differences(found, expected).values()) <= tolerance
     assert (found.n_data, found.checksum) == (expected.n_data, expected.checksum)
     assert found.flavour == expected.flavour
+    assert layouts(found) == layouts(expected)
     assert found.captured_trace == pytest.approx(expected.captured_trace, rel=1e-12)
     assert found.trace == pytest.approx(expected.trace, rel=1e-12)
+
+
+def layouts(state):
+    return {name: b.layout for name, b in getattr(state.curvature, "blocks", {}).items()}
 
 
 def parts_of(batch, *ends):

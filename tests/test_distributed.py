@@ -42,8 +42,9 @@ from margeq.errors import (
 from margeq.laplace import accumulate as accumulate_alone
 from margeq.laplace import eigen_bases, log_marginal_likelihood
 from margeq.likelihoods import Categorical, Gaussian
-from margeq.parameters import named_weights
+from margeq.parameters import log_hyperprior, named_weights
 from margeq.priors import GaussianPrior
+from tests.dense_evidence import cnn
 from tests.network_problems import conv, factored, network, problem
 from tests.oracles import F64, MeanPool, data_for, net, relative_error
 from tests.ranks import on_ranks
@@ -157,6 +158,22 @@ def test_every_flavour_is_that_of_one_process(edges):
             assert symmetries == [k.symmetry for k in alone[number].kron.values()]
 
 
+def without_gradient(rank):
+    model, batch = small_problem()
+    model[2].weight.detach().zero_()
+    share = share_of(batch, rank, (0,))
+    return [accumulate(model, share, options=options) for options in ("kfac", "diag", "full")]
+
+
+def test_weights_without_gradient_have_sums_of_one_shape_on_all_ranks():
+    model, batch = small_problem()
+    model[2].weight.detach().zero_()
+    for states in on_ranks(2, without_gradient):
+        assert not isinstance(states, Exception), states
+        for state, curvature in zip(states, ("kfac", "diag", "full"), strict=True):
+            assert_same_state(state, accumulate_alone(model, [batch], curvature=curvature))
+
+
 def dyadic_problem():
     generator = torch.Generator().manual_seed(3)
 
@@ -194,7 +211,10 @@ def test_dyadic_networks_are_equal_to_the_last_bit(edges):
 
 def hyper_problem():
     torch.manual_seed(2)
-    model = network(conv(), nn.Tanh(), factored(6, learn_anchors=True), nn.Tanh())
+    first = conv(lengthscale_spread=0.5)  # with a penalty, which counts once
+    first.basis.log_lengthscale.detach().add_(0.3)
+    model = network(first, nn.Tanh(), factored(6, learn_anchors=True), nn.Tanh())
+    assert log_hyperprior(model) != 0
     return problem(model, 11, 2, 6, 6)
 
 
@@ -459,10 +479,16 @@ def test_wrapped_models_have_the_evidence_and_names_of_what_is_inside():
 
 
 def test_data_parallel_models_are_read_without_their_wrapper():
-    model, batch = small_problem()
+    model, shape = cnn()
+    batch = data_for(model, Categorical(), 6, *shape)
     parallel = nn.DataParallel(nn.DataParallel(model))
     assert list(named_weights(parallel)) == list(dict(model.named_parameters()))
-    assert_same_state(accumulate_alone(parallel, [batch]), accumulate_alone(model, [batch]), 0.0)
+    options = {"position_fraction": 0.5}  # which positions depends on the names of modules
+    assert_same_state(
+        accumulate_alone(parallel, [batch], **options),
+        accumulate_alone(model, [batch], **options),
+        0.0,
+    )
     assert torch.equal(
         exact.ggn(parallel, [batch], Categorical()), exact.ggn(model, [batch], Categorical())
     )
@@ -472,8 +498,9 @@ def test_data_parallel_models_are_read_without_their_wrapper():
 
 def buckets(rank):
     model, batch = small_problem()
+    model.insert(1, nn.BatchNorm1d(4, affine=False).double())
     ddp = nn.parallel.DistributedDataParallel(model)
-    # three batches on one rank and none on the other: DDP's own synchronisation would never end
+    # two batches on one rank and none on the other: DDP's broadcast of buffers would never end
     share = share_of(batch, rank, (8,))
     return accumulate(ddp, share, options=KfacOptions(hessian_root="adaptive")).n_data
 
