@@ -17,7 +17,7 @@ from torch import nn
 
 import margeq
 from margeq.accumulation import accumulate_with
-from margeq.adjoint import network_gradient
+from margeq.adjoint import Revisit, network_gradient
 from margeq.comm import TorchComm, current_comm, require_equal, together
 from margeq.curvature import exact
 from margeq.curvature.options import KfacOptions
@@ -239,6 +239,31 @@ def test_hyperparameter_gradients_are_those_of_one_process(edges):
         for name, value in expected.items():
             assert (found[name] - value).abs().max() <= 1e-12 * scale, name
             assert torch.equal(found[name], answers[0][name])
+
+
+def sampled_gradients(rank, edges):
+    p = hyper_problem()
+    x, y = parts_of((p.x, p.y), *edges)[rank]
+    p.batches = list(zip(x.split(2), y.split(2), strict=True)) if len(y) else []
+    state = accumulate(p.model, p.batches, p.likelihood)
+    return [
+        network_gradient(
+            p.model, p.batches, state, p.prior, p.likelihood, p.hyper, p.options,
+            revisit=Revisit(share=0.5, seed=seed), comm=current_comm(),
+        )
+        for seed in range(2)
+    ]  # fmt: skip
+
+
+# four batches and one, and six and none: ranks leave out every second batch, if they have two
+@pytest.mark.parametrize("edges", [(9,), (11,)])
+def test_gradients_from_a_share_of_the_batches_are_right_on_average(edges):
+    expected = hyper_problem().gradient()
+    scale = max(float(value.abs().max()) for value in expected.values())
+    for one, other in on_ranks(2, sampled_gradients, edges):
+        assert any((one[name] - other[name]).abs().max() > 1e-3 * scale for name in one)
+        for name, value in expected.items():
+            assert (0.5 * (one[name] + other[name]) - value).abs().max() <= 1e-12 * scale
 
 
 # --- one failure, all fail
