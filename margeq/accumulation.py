@@ -67,8 +67,9 @@ def accumulate(
     seed: int = 0,
     bases: EigenBases | None = None,
 ) -> CurvatureState:
-    """Accumulate the GGN of a model over a loader, at its current weights.
+    """Accumulate the GGN of a model over a loader, at its current weights, in this process.
 
+    :func:`margeq.distributed.accumulate` does so over several processes.
     ``curvature="ekfac"`` reads the loader twice: Kronecker factors first, then exact second
     moments in their eigenvectors, unless ``bases`` are given.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,9 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# a clean server forks the ranks after the slow imports, and before any thread is there
+# a clean server forks the ranks after the slow imports, also those that torch puts off until the
+# first gradient and the first DistributedDataParallel, and before any thread is there
+_SLOW = ["tests.test_distributed", "torch.fx.experimental.symbolic_shapes", "torch._dynamo"]
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["margeq.distributed", "tests.ranks", "tests.random_networks"])
+_CONTEXT.set_forkserver_preload(_SLOW)
 
 
 def on_ranks(size: int, function: Callable[..., Any], *args: Any, seconds: float = 30.0) -> list:
@@ -45,7 +48,8 @@ def on_ranks(size: int, function: Callable[..., Any], *args: Any, seconds: float
 
 
 def _run(rank: int, size: int, folder: str, seconds: float, function: Any, args: Any) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if sys.platform == "linux":  # wherever the host's name leads to
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     store = dist.FileStore(f"{folder}/store", size)

@@ -218,6 +218,8 @@ def test_data_that_keep_no_column_bring_their_inputs_all_the_same():
     assert kron.grad_cov.shape == (1, 4, 4)
     assert relative_error(kron.input_cov[0], x.mT @ x) <= 1e-12
     assert float(kron.n_shared) == 6
+    value = log_marginal_likelihood(state, GaussianPrior(model), Categorical())
+    assert value.isfinite()
 
 
 def test_parts_with_the_same_threshold_weigh_their_captured_shares():
