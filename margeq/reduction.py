@@ -24,7 +24,6 @@ from margeq.curvature.fourier import GroupCirculant
 from margeq.curvature.full import FullCurvature
 from margeq.curvature.kron import BlockKron
 from margeq.errors import DataError, DistributedMismatchError
-from margeq.groups import FiniteGroup
 from margeq.state import CurvatureState
 
 __all__ = ["reduce_state"]
@@ -97,7 +96,7 @@ class _Form:
         kind: name of its class.
         shapes: of its tensors.
         layout: as in the block.
-        symmetry: matrices of the group, and orbits, as nested lists.
+        symmetry: state of the symmetry, with nested lists for tensors.
         resolution: as in the block.
         is_empty: whether the rank has no data for it; the rest then says nothing.
     """
@@ -125,9 +124,9 @@ def _form(block: Any) -> _Form:
     )
 
 
-def _symmetry_note(symmetry: GroupCirculant) -> list[Any]:
-    group = symmetry.group
-    return [group.name, group.matrices.tolist(), symmetry.orbits.tolist()]
+def _symmetry_note(symmetry: GroupCirculant) -> dict[str, Any]:
+    plain = symmetry.state_dict()
+    return {key: v.tolist() if isinstance(v, Tensor) else v for key, v in plain.items()}
 
 
 def _require_addable(notes: Sequence[Mapping[str, Any]]) -> None:
@@ -206,12 +205,12 @@ def _shaped(block: Any, forms: Sequence[_Form]) -> BlockKron | BlockEigen:
     )
 
 
-def _symmetry(note: Any, device: torch.device) -> GroupCirculant | None:
+def _symmetry(note: dict[str, Any] | None, device: torch.device) -> GroupCirculant | None:
     if note is None:
         return None
-    name, matrices, orbits = note
-    group = FiniteGroup(name, torch.tensor(matrices, dtype=torch.float64))
-    return GroupCirculant(group, torch.tensor(orbits, device=device))
+    matrices = torch.tensor(note["matrices"], dtype=torch.float64)
+    state = {**note, "matrices": matrices, "orbits": torch.tensor(note["orbits"])}
+    return GroupCirculant.from_state(state, device)
 
 
 # --- all sums as one list of tensors, and back
