@@ -143,7 +143,7 @@ def accumulate_with(
             model, loader, likelihood, replace(options, curvature="kfac"), parameters=parameters,
             batch_fn=batch_fn, cache=cache, check=check, comm=comm,
         )  # fmt: skip
-        bases, cache = eigen_bases(factors.kron), None
+        bases, cache = eigen_bases(factors.kron, comm), None
     if comm.size > 1:
         cache = None  # with one a rank may have to start again on its own
     with together(comm):

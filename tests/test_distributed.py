@@ -19,7 +19,7 @@ import margeq
 from margeq.accumulation import accumulate_with
 from margeq.adjoint import Revisit, network_gradient
 from margeq.comm import TorchComm, current_comm, require_equal, together
-from margeq.curvature import exact
+from margeq.curvature import eigen, exact
 from margeq.curvature.options import KfacOptions
 from margeq.data import TensorLoader
 from margeq.distributed import (
@@ -195,6 +195,27 @@ def dyadic_states(rank, edges):
     return [accumulate(model, share, "regression", options) for options in ("kfac", "diag", "full")]
 
 
+def turned_bases(rank):
+    """Each rank finds eigenvectors of its own, as other processors would."""
+    model, batch, likelihood = next(iter(models()))
+    find = eigen.psd_eigh
+
+    def turned(matrices, name, resolution):
+        values, vectors, clamped = find(matrices, name, resolution)
+        return values, vectors.flip(-1) if rank else vectors, clamped
+
+    eigen.psd_eigh = turned
+    options = KfacOptions(curvature="ekfac")
+    return accumulate(model, share_of(batch, rank, (11,)), likelihood, options)
+
+
+def test_all_ranks_take_the_bases_of_the_first_one():
+    model, batch, likelihood = next(iter(models()))
+    expected = accumulate_alone(model, [batch], likelihood, curvature="ekfac")
+    for state in on_ranks(2, turned_bases):
+        assert_same_state(state, expected)
+
+
 # P1: all sums are exact, so that any mistake at all shows
 @pytest.mark.parametrize("edges", [(13,), (5, 9), (3, 3, 20)])
 def test_dyadic_networks_are_equal_to_the_last_bit(edges):
@@ -283,7 +304,9 @@ class Broken:
 def fail(rank, kind):
     model, (x, y) = small_problem()
     options = KfacOptions(hessian_root="adaptive" if kind == "adaptive" else "exact")
-    batches = [(x, y)]
+    batches, bases = [(x, y)], None
+    if kind == "bases":
+        options, bases = KfacOptions(curvature="ekfac"), {}
     if kind == "output":
         model[0].weight.detach().mul_(100.0)
         model[1] = nn.Identity()
@@ -299,13 +322,15 @@ def fail(rank, kind):
         elif kind == "weights":
             with torch.no_grad():
                 model[2].bias.add_(1e-6)
+        elif kind == "bases":
+            bases = {"2.weight": (torch.eye(3)[None], torch.eye(4)[None])}
         elif kind == "options":
             options = KfacOptions(curvature="diag")
         elif kind == "late":
             batches = Late(batches)
     if kind == "none":
         batches = []
-    found = accumulate(model, batches, options=options)
+    found = accumulate(model, batches, options=options, bases=bases)
     return found.n_data
 
 
@@ -349,7 +374,10 @@ def test_an_error_of_another_library_ends_all_ranks():
     assert str(here) == "rank 1 failed: ZeroDivisionError: no disk"
 
 
-@pytest.mark.parametrize(("kind", "name"), [("weights", "'2.bias'"), ("options", "'options'")])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("weights", "'2.bias'"), ("options", "'options'"), ("bases", "'U_A of 2.weight'")],
+)
 def test_other_weights_or_options_on_one_rank_are_refused_on_all(kind, name):
     for found in on_ranks(2, fail, kind):
         assert type(found) is DistributedMismatchError

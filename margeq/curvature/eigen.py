@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from margeq.comm import ALONE, Comm
 from margeq.curvature.addition import require_same, require_same_kind
 from margeq.curvature.capture import Use
 from margeq.curvature.forms import BlockCurvature
@@ -128,8 +129,15 @@ def _same_basis(one: tuple[Tensor, Tensor] | None, other: tuple[Tensor, Tensor] 
     return all(map(torch.equal, one, other))
 
 
-def eigen_bases(krons: Mapping[str, BlockKron]) -> dict[str, tuple[Tensor, Tensor]]:
+def eigen_bases(
+    krons: Mapping[str, BlockKron], comm: Comm = ALONE
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Eigenvectors of Kronecker factors, of any root and any share of the positions.
+
+    Args:
+        krons: weight name -> its factors, the same on all ranks.
+        comm: ranks that all take the vectors of the first one: those of equal eigenvalues are not
+            unique, and moments in different bases do not add up.
 
     Returns:
         Bases of all weights that the network uses; the others need none.
@@ -143,8 +151,10 @@ def eigen_bases(krons: Mapping[str, BlockKron]) -> dict[str, tuple[Tensor, Tenso
         if kron.n_shared > 0:
             _, grad_vectors, _ = psd_eigh(kron.grad_cov, name, kron.resolution)
             _, input_vectors, _ = psd_eigh(kron.input_cov, name, kron.resolution)
-            bases[name] = grad_vectors, input_vectors
-    return bases
+            # the order in memory, which decides about the rounding of products, is always the same
+            bases[name] = grad_vectors.contiguous(), input_vectors.contiguous()
+    vectors = iter(comm.broadcast([side for basis in bases.values() for side in basis], 0))
+    return {name: (next(vectors), next(vectors)) for name in bases}
 
 
 class EigenSums:

@@ -59,7 +59,7 @@ def accumulate(
     likelihood = as_likelihood(likelihood)
     if isinstance(options, str):
         options = KfacOptions(curvature=options)
-    require_equal(comm, what_ranks_share(model, likelihood, options, parameters))
+    require_equal(comm, what_ranks_share(model, likelihood, options, parameters, bases))
     return accumulate_with(
         model, loader, likelihood, options, parameters=parameters, batch_fn=batch_fn,
         bases=bases, check=True, comm=comm,
@@ -71,9 +71,12 @@ def what_ranks_share(
     likelihood: Likelihood,
     options: KfacOptions,
     parameters: str | Sequence[str],
+    bases: EigenBases | None,
 ) -> dict[str, Any]:
     """All that has to be identical on all ranks before a pass: weights, buffers and options."""
+    sides = {name: dict(zip("BA", basis, strict=True)) for name, basis in (bases or {}).items()}
     return {
+        **{f"U_{s} of {name}": u for name, pair in sides.items() for s, u in pair.items()},
         **unwrapped(model).state_dict(),
         "likelihood": f"{type(likelihood).__name__} at temperature {likelihood.temperature}",
         "options": options,

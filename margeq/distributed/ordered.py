@@ -81,7 +81,7 @@ def accumulate_in_order(
     if not is_count(chunk):
         raise ConfigError(f"chunk={chunk!r}, but a chunk holds at least one datum")
     model = unwrapped(model)
-    require_equal(comm, what_ranks_share(model, likelihood, options, parameters))
+    require_equal(comm, what_ranks_share(model, likelihood, options, parameters, bases))
 
     def run(options: KfacOptions, bases: EigenBases | None) -> CurvatureState:
         how = {"parameters": parameters, "bases": bases}
@@ -96,7 +96,7 @@ def accumulate_in_order(
         return _tree_sum(data, chunk, state_of, nothing, comm)
 
     if options.curvature == "ekfac" and bases is None:
-        bases = eigen_bases(run(replace(options, curvature="kfac"), None).kron)
+        bases = eigen_bases(run(replace(options, curvature="kfac"), None).kron, comm)
     return run(options, bases)
 
 
