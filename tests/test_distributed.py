@@ -549,6 +549,16 @@ def test_data_parallel_models_are_read_without_their_wrapper():
         accumulate_alone(nn.DataParallel(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))), [batch])
 
 
+def test_gradients_of_wrapped_models_are_those_of_what_is_inside():
+    p = hyper_problem()
+    p.options = KfacOptions(position_fraction=0.5)  # which ones depends on the names of modules
+    expected = p.gradient()
+    p.model = nn.DataParallel(p.model)
+    found = p.gradient()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def buckets(rank):
     model, batch = small_problem()
     model.insert(1, nn.BatchNorm1d(4, affine=False).double())
