@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from margeq import layers as _layers  # noqa: F401  registers the rules of all layers
-from margeq.batches import Batch, read_batches
+from margeq.batches import Batch, read_batches, refuse_padding
+from margeq.comm import ALONE, Comm, together
 from margeq.curvature.capture import (
     Use,
     backpropagate,
@@ -23,19 +24,20 @@ from margeq.curvature.capture import (
     forward,
     record,
     require_batch_axis,
-    require_rules,
 )
 from margeq.curvature.eigen import EigenBases, EigenSums, eigen_bases
 from margeq.curvature.factors import FactorSums, InputCovCache
 from margeq.curvature.forms import CurvatureSums
-from margeq.curvature.full import FullSums, require_small
+from margeq.curvature.full import FullSums
 from margeq.curvature.options import EvidenceFlavour, KfacOptions
 from margeq.curvature.packing import ColumnPlan, kept_columns, regrouped
 from margeq.curvature.sampling import checksum, reseeded, sample_keys
+from margeq.curvature.selection import weights_with_rules
 from margeq.errors import ConfigError, NonFiniteError
 from margeq.likelihoods import Likelihood, as_likelihood
 from margeq.linalg import accumulation_dtype, is_finite
-from margeq.parameters import log_hyperprior, named_weights
+from margeq.parameters import log_hyperprior, unwrapped
+from margeq.reduction import reduce_state
 from margeq.state import CurvatureState
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "InputCovCache",
     "accumulate",
     "accumulate_with",
+    "empty_state",
     "weights_with_rules",
 ]
 
@@ -64,8 +67,9 @@ def accumulate(
     seed: int = 0,
     bases: EigenBases | None = None,
 ) -> CurvatureState:
-    """Accumulate the GGN of a model over a loader, at its current weights.
+    """Accumulate the GGN of a model over a loader, at its current weights, in this process.
 
+    :func:`margeq.distributed.accumulate` does so over several processes.
     ``curvature="ekfac"`` reads the loader twice: Kronecker factors first, then exact second
     moments in their eigenvectors, unless ``bases`` are given.
 
@@ -119,33 +123,60 @@ def accumulate_with(
     cache: InputCovCache | None = None,
     bases: EigenBases | None = None,
     check: bool = False,
+    comm: Comm = ALONE,
 ) -> CurvatureState:
     """As :func:`accumulate`, with ready-made options and an optional input-factor cache.
 
     Without ``check`` the rules are trusted: training compares them with autograd once, beforehand.
+    With ``comm`` each rank brings its own share of the data, and all get the sums over all data.
 
     Returns:
         Un-normalised sums over the data.
 
     Raises:
         ConfigError: for bases without ``curvature="ekfac"``; else as :func:`accumulate`.
+        DataError: if all ranks together have no data; else as :func:`accumulate`.
     """
-    weights = weights_with_rules(model, parameters, options)
-    if bases is not None and options.curvature != "ekfac":
-        raise ConfigError(f"bases belong to curvature='ekfac', not to {options.curvature!r}")
+    model = unwrapped(model)
     if options.curvature == "ekfac" and bases is None:
         factors = accumulate_with(
             model, loader, likelihood, replace(options, curvature="kfac"), parameters=parameters,
-            batch_fn=batch_fn, cache=cache, check=check,
+            batch_fn=batch_fn, cache=cache, check=check, comm=comm,
         )  # fmt: skip
-        bases, cache = eigen_bases(factors.kron), None
+        bases, cache = eigen_bases(factors.kron, comm), None
+    if comm.size > 1:
+        cache = None  # with one a rank may have to start again on its own
+    with together(comm):
+        own = _own_sums(
+            model, loader, likelihood, options, parameters, batch_fn, cache, bases, check, comm
+        )
+    return reduce_state(own, comm)
+
+
+def _own_sums(
+    model: nn.Module,
+    loader: Iterable[Any],
+    likelihood: Likelihood,
+    options: KfacOptions,
+    parameters: str | Sequence[str],
+    batch_fn: Callable[[Any], tuple[Any, Any]] | None,
+    cache: InputCovCache | None,
+    bases: EigenBases | None,
+    check: bool,
+    comm: Comm,
+) -> CurvatureState:
+    """The sums over the data of this rank."""
+    refuse_padding(loader)
+    weights = weights_with_rules(model, parameters, options)
+    if bases is not None and options.curvature != "ekfac":
+        raise ConfigError(f"bases belong to curvature='ekfac', not to {options.curvature!r}")
     device = next(model.parameters()).device
 
     def batches() -> Iterable[Batch]:
-        return read_batches(loader, device, batch_fn)
+        return read_batches(loader, device, batch_fn, least=1 if comm.size == 1 else 0)
 
     sums = _sums(weights, options, cache, bases)
-    run = _Pass(model, weights, likelihood, options, sums, check=check)
+    run = _Pass(model, weights, likelihood, options, sums, check=check, comm=comm)
     with eval_mode(model), torch.enable_grad():
         if options.hessian_root == "adaptive":
             run.add_largest_columns(batches)
@@ -160,25 +191,19 @@ def accumulate_with(
     return run.state(options.flavour(name, parameters, likelihood.temperature))
 
 
-def weights_with_rules(
-    model: nn.Module, parameters: str | Sequence[str], options: KfacOptions
-) -> dict[str, nn.Parameter]:
-    """The weights to integrate out, checked: there are some, and each one has a curvature rule.
-
-    Returns:
-        As :func:`margeq.named_weights`.
-
-    Raises:
-        ConfigError: for a model without weights, or names that it does not have.
-    """
-    weights = named_weights(model, parameters)
-    if not weights:
-        raise ConfigError("the model has no trainable weight to learn a prior for")
-    require_rules(model, weights)
-    options.require_known(weights)
-    if options.curvature == "full":
-        require_small(weights)
-    return weights
+def empty_state(
+    model: nn.Module,
+    likelihood: Likelihood,
+    options: KfacOptions,
+    *,
+    parameters: str | Sequence[str] = "all",
+    bases: EigenBases | None = None,
+) -> CurvatureState:
+    """The state of no data at all, to which those of data can be added."""
+    weights = weights_with_rules(model, parameters, options)
+    sums = _sums(weights, options, None, bases)
+    run = _Pass(unwrapped(model), weights, likelihood, options, sums, check=False)
+    return run.state(options.flavour(type(likelihood).__name__, parameters, likelihood.temperature))
 
 
 def _sums(
@@ -206,13 +231,14 @@ class _Pass:
         sums: CurvatureSums,
         *,
         check: bool,
+        comm: Comm = ALONE,
     ) -> None:
         self._model, self._weights = model, weights
         self._likelihood, self._options = likelihood, options
-        self._sums, self._unchecked = sums, check
+        self._sums, self._unchecked, self._comm = sums, check, comm
         self._fit: Tensor | None = None
         self._n_data = 0
-        self._captured = 1.0
+        self._captured, self._threshold, self._trace = 1.0, 0.0, 0.0
         self.checksum = 0
         self._pairs = 0
 
@@ -240,8 +266,8 @@ class _Pass:
                 outputs, uses = self._recorded(batch.inputs)
                 self._add_data(batch, keys, outputs, uses)
                 plan.add(keys, self._likelihood.root(outputs.detach()).square_norms())
-        plan.close()
-        self._captured = plan.captured
+        plan.close(self._comm)
+        self._captured, self._threshold, self._trace = plan.captured, plan.threshold, plan.trace
         for inputs in regrouped((b.inputs, self._counts(plan, b.inputs)) for b in batches()):
             self._add_group(inputs, plan.threshold)
 
@@ -301,7 +327,9 @@ class _Pass:
     def state(self, flavour: EvidenceFlavour) -> CurvatureState:
         """The finished sums."""
         fit = self._fit
-        assert fit is not None
+        if fit is None:  # a rank without data
+            device = next(iter(self._weights.values())).device
+            fit = torch.zeros((), dtype=accumulation_dtype(device), device=device)
         return CurvatureState(
             curvature=self._sums.finish(self.checksum),
             fit=fit,
@@ -314,4 +342,6 @@ class _Pass:
             captured_trace=self._captured,
             checksum=self._pairs,
             log_hyperprior=float(log_hyperprior(self._model).detach()),
+            threshold=self._threshold,
+            trace=self._trace,
         )

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from margeq.accumulation import CurvatureState, weights_with_rules
-from margeq.batches import Batch, read_batches
+from margeq.accumulation import CurvatureState
+from margeq.batches import Batch, read_batches, refuse_padding
+from margeq.comm import ALONE, Comm, require_equal, together
 from margeq.curvature.capture import (
     Use,
     backpropagate,
@@ -35,11 +36,12 @@ from margeq.curvature.forms import BlockCurvature
 from margeq.curvature.options import KfacOptions
 from margeq.curvature.roots import Root, SketchedRoot
 from margeq.curvature.sampling import reseeded, sample_keys
+from margeq.curvature.selection import weights_with_rules
 from margeq.errors import ConfigError, DataError
 from margeq.laplace import log_marginal_likelihood
 from margeq.likelihoods import Likelihood
 from margeq.linalg import project
-from margeq.parameters import log_hyperprior, requiring_grad
+from margeq.parameters import log_hyperprior, requiring_grad, unwrapped
 from margeq.priors import GaussianPrior
 from margeq.revisit import ALL_DATA, CountedLoader, Revisit, n_batches
 
@@ -67,6 +69,7 @@ def network_gradient(
     revisit: Revisit = ALL_DATA,
     parameters: str | Sequence[str] = "all",
     batch_fn: Callable[[Any], tuple[Any, Any]] | None = None,
+    comm: Comm = ALONE,
 ) -> dict[str, Tensor]:
     """Gradient of the log evidence in tensors that the network's output depends on.
 
@@ -85,16 +88,20 @@ def network_gradient(
         revisit: all of the data, or an unbiased estimate from some of them.
         parameters: as in :func:`margeq.named_weights`.
         batch_fn: turns a batch into ``(inputs, targets)``.
+        comm: ranks that visit the loaders' data together, after ``state`` was summed over them.
 
     Returns:
-        Name -> gradient, in nats per unit.
+        Name -> gradient, in nats per unit; the same on all ranks.
 
     Raises:
         ConfigError: for a curvature without Kronecker factors.
         FlavourMismatchError: if ``state`` is of other options, or about other weights.
         DataError: if the loader yields other data than those behind ``state``, or another number
             of batches than its length.
+        DistributedMismatchError: if the ranks' hyperparameters, priors or states differ.
     """
+    model = unwrapped(model)
+    require_equal(comm, _what_ranks_share(state, prior, likelihood, hyperparameters))
     if state.flavour.curvature != "kfac":
         raise ConfigError(
             f"curvature={state.flavour.curvature!r}: hyperparameters inside the network need the "
@@ -114,17 +121,49 @@ def network_gradient(
             model, weights, likelihood, options, revisit,
             _cotangents(state, prior, likelihood), hyperparameters, _pinned(model, stack),
         )  # fmt: skip
-        period, counted = revisit.period(loader), CountedLoader(loader)
-        for batch in read_batches(counted, device, batch_fn):
-            if batch.index % period == revisit.seed % period:
-                visitor.add(batch)
-        if period == 1 and visitor.n_data != state.n_data:
-            raise DataError(f"the loader yielded {visitor.n_data} data, {state.n_data} before")
-        if period > 1:
-            counted.require(n_batches(loader))
-        visitor.rescale(period)
+        with together(comm):
+            n_data, period = _visit(visitor, loader, revisit, device, batch_fn, comm)
+        n_data, sampling = visitor.reduce(comm, n_data, period > 1)
+        if not sampling and n_data != state.n_data:
+            raise DataError(f"the loader yielded {n_data} data, {state.n_data} before")
         visitor.add_what_is_not_data()
     return visitor.total
+
+
+def _what_ranks_share(
+    state: CurvatureState,
+    prior: GaussianPrior,
+    likelihood: Likelihood,
+    hyperparameters: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    precisions = prior.log_prior_precision.items()
+    return {
+        **hyperparameters,
+        **{f"log precision of {name}": value for name, value in precisions},
+        **likelihood.hyperparameters,
+        "fit": state.fit,
+        "checksum of the data": state.checksum,
+    }
+
+
+def _visit(
+    visitor: _Visitor,
+    loader: Iterable[Any],
+    revisit: Revisit,
+    device: torch.device,
+    batch_fn: Callable[[Any], tuple[Any, Any]] | None,
+    comm: Comm,
+) -> tuple[int, int]:
+    """Visit this rank's data; returns their number and the period of the visits."""
+    refuse_padding(loader)
+    period, counted = revisit.period(loader), CountedLoader(loader)
+    for batch in read_batches(counted, device, batch_fn, least=1 if comm.size == 1 else 0):
+        if batch.index % period == revisit.seed % period:
+            visitor.add(batch)
+    if period > 1:
+        counted.require(n_batches(loader))
+    visitor.rescale(period)
+    return visitor.n_data, period
 
 
 def _pinned(model: nn.Module, stack: ExitStack) -> list[tuple[Tensor, Tensor]]:
@@ -262,6 +301,14 @@ class _Visitor:
         """Scale the sum over the visited batches up to all of them."""
         for total in self._totals:
             total *= period
+
+    def reduce(self, comm: Comm, n_data: int, sampling: bool) -> tuple[int, bool]:
+        """Sum over ranks; returns the number of visited data, and whether some were left out."""
+        if comm.size == 1:
+            return n_data, sampling
+        counts = self._totals[0].new_tensor([n_data, sampling], dtype=torch.int64)
+        *self._totals, counts = comm.sum([*self._totals, counts])
+        return int(counts[0]), bool(counts[1])
 
     def add_what_is_not_data(self) -> None:
         """The penalty of the hyperparameters, and the ways that end at pinned leaves; once."""

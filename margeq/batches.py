@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 
 from margeq.curvature.sampling import tensors_of
-from margeq.errors import DataError
+from margeq.errors import ConfigError, DataError
 from margeq.linalg import is_finite
 
-__all__ = ["Batch", "concatenate", "map_tensors", "read_batches", "signature"]
+__all__ = ["Batch", "concatenate", "map_tensors", "read_batches", "refuse_padding", "signature"]
 
 BatchFunction = Callable[[Any], tuple[Any, Any]]
 
@@ -70,13 +71,35 @@ def signature(inputs: Any) -> object:
     return id(inputs)
 
 
-def read_batches(
-    loader: Iterable[Any], device: torch.device, batch_fn: BatchFunction | None = None
-) -> Iterator[Batch]:
-    """Yield checked batches on ``device``.
+def refuse_padding(loader: Any) -> None:
+    """Refuse torch's sampler for ranks where it makes shares equal by repeating or dropping data.
 
     Raises:
-        DataError: for no batches, a batch that is no ``(inputs, targets)`` pair, inputs and
+        ConfigError: with both numbers, and the way out.
+    """
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, DistributedSampler):
+        return
+    n_data = len(sampler.dataset)  # pyright: ignore[reportArgumentType]
+    if sampler.total_size != n_data:
+        raise ConfigError(
+            f"the loader's DistributedSampler makes {sampler.total_size} data of {n_data}, so that "
+            f"all ranks have equally many; the evidence counts each datum once: use "
+            f"margeq.distributed.shard(dataset) for it"
+        )
+
+
+def read_batches(
+    loader: Iterable[Any],
+    device: torch.device,
+    batch_fn: BatchFunction | None = None,
+    *,
+    least: int = 1,
+) -> Iterator[Batch]:
+    """Yield checked batches on ``device``, of ``least`` data together; a rank may have none.
+
+    Raises:
+        DataError: for too few data, a batch that is no ``(inputs, targets)`` pair, inputs and
             targets of different length, or a NaN or infinite input.
     """
     n_data = 0
@@ -91,7 +114,7 @@ def read_batches(
         n_data += len(batch)
         if len(batch):
             yield batch
-    if not n_data:
+    if n_data < least:
         raise DataError(
             "loader yielded 0 samples; it must be re-iterable (a DataLoader or a list of "
             "batches, not a generator) and its data set must not be empty"

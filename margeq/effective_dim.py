@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from margeq.function_share import Variances, shares
 from margeq.laplace import Spectrum, effective_parameters
 from margeq.likelihoods import Likelihood
+from margeq.parameters import unwrapped
 from margeq.paths import path_prefixes
 from margeq.priors import GaussianPrior
 from margeq.subsets import LearnedSubset, gate_label, learned_subsets
@@ -187,6 +188,7 @@ def effective_dimension(
         Rows per tensor and path; ``selected`` names the path with the largest function share of
         each layer, ``subsets`` what each gate leaves.
     """
+    model = unwrapped(model)
     tensors = _tensor_rows(model, effective_parameters(spectrum, prior, likelihood), prior)
     by_share = shares(variances)
     layers = dict.fromkeys(layer for t in tensors for layer, _ in _places(model, t.name))

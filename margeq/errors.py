@@ -10,6 +10,7 @@ __all__ = [
     "DataError",
     "DataWarning",
     "DeterminismWarning",
+    "DistributedError",
     "DistributedMismatchError",
     "EquivarianceWarning",
     "FlavourMismatchError",
@@ -62,7 +63,11 @@ class CheckpointError(MargeqError, RuntimeError):
     """A checkpoint cannot be written or trusted."""
 
 
-class DistributedMismatchError(MargeqError, RuntimeError):
+class DistributedError(MargeqError, RuntimeError):
+    """Another rank has failed or cannot be reached."""
+
+
+class DistributedMismatchError(DistributedError):
     """Ranks disagree about values that have to be identical."""
 
 

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from margeq.batches import Batch
 from margeq.curvature.capture import eval_mode, forward
+from margeq.parameters import unwrapped
 from margeq.paths import PathSum, path_sums
 
 __all__ = ["Variances", "function_variances", "shares"]
@@ -36,6 +37,7 @@ def function_variances(
     Returns:
         layer -> path -> variance.
     """
+    model = unwrapped(model)
     layers = {prefix: _Contributions(sum_) for prefix, sum_ in path_sums(model).items()}
     if not layers:
         return {}

@@ -16,6 +16,7 @@ from torch.optim import Adam, Optimizer
 from margeq.adjoint import Revisit
 from margeq.batches import read_batches
 from margeq.callbacks import Callback, Event, progress_callback
+from margeq.comm import require_one_process
 from margeq.curvature.options import KfacOptions
 from margeq.errors import ConfigError, ConvergenceWarning
 from margeq.function_share import function_variances
@@ -161,6 +162,7 @@ def optimize_marglik(
         >>> result.success, f"{float(result.likelihood.sigma_noise):.2f}"
         (True, '0.07')
     """
+    require_one_process("optimize_marglik")
     _check_model(model)
     _check_numbers(
         n_epochs=n_epochs, n_epochs_burnin=n_epochs_burnin, marglik_frequency=marglik_frequency,

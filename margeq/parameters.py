@@ -17,7 +17,23 @@ __all__ = [
     "named_weights",
     "owners",
     "requiring_grad",
+    "unwrapped",
 ]
+
+_WRAPPERS = ("torch.nn.parallel.distributed", "torch.nn.parallel.data_parallel", "lightning.fabric")
+"""Modules of the classes that hold another module as ``module`` and compute the same."""
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, without what DistributedDataParallel and its like put around it.
+
+    Returns:
+        A module whose names have no ``"module."`` in front, and whose calls do not communicate.
+    """
+    inner = getattr(model, "module", None)
+    if type(model).__module__.startswith(_WRAPPERS) and isinstance(inner, nn.Module):
+        return unwrapped(inner)
+    return model
 
 
 @contextmanager
@@ -48,7 +64,7 @@ def named_hyperparameters(model: nn.Module) -> dict[str, nn.Parameter]:
         ConfigError: if a layer declares a name that it does not have.
     """
     found: dict[str, nn.Parameter] = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in unwrapped(model).named_modules():
         for name in _declared(prefix, module):
             parameter = getattr(module, name)
             if isinstance(parameter, nn.Parameter) and parameter.requires_grad:
@@ -90,7 +106,7 @@ def named_weights(
     """Trainable tensors that the Laplace approximation integrates out, each tensor once.
 
     Args:
-        model: any module tree.
+        model: any module tree, also wrapped by DistributedDataParallel.
         parameters: ``"all"``, or names of parameters or modules to keep; the rest stays at its
             point estimate and has no prior.
 
@@ -104,7 +120,7 @@ def named_weights(
     hyperparameters = {id(p) for p in named_hyperparameters(model).values()}
     trainable = {
         name: parameter
-        for name, parameter in model.named_parameters()
+        for name, parameter in unwrapped(model).named_parameters()
         if parameter.requires_grad and id(parameter) not in hyperparameters
     }
     for name, parameter in trainable.items():

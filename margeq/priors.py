@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from margeq.errors import ConfigError
-from margeq.parameters import matches, named_weights
+from margeq.parameters import matches, named_weights, unwrapped
 from margeq.paths import path_prefixes
 
 __all__ = ["LOG_PRECISION_RANGE", "GaussianPrior"]
@@ -59,6 +59,7 @@ class GaussianPrior:
         prior_precision: float | Mapping[str, float] = 1.0,
         parameters: str | Sequence[str] = "all",
     ) -> None:
+        model = unwrapped(model)
         weights = named_weights(model, parameters)
         self.groups = _groups(model, weights, structure)
         self.log_offset = dict.fromkeys(weights, 0.0)

@@ -15,13 +15,24 @@ from tests.layer_cases import LAYER_CASES
 PACKAGE = Path(__file__).parent.parent / "margeq"
 
 LAYOUT = [
-    ["errors", "groups", "group_distributions", "shares", "bases", "filters", "linalg", "counts"],
+    [
+        "errors",
+        "comm",
+        "groups",
+        "group_distributions",
+        "shares",
+        "bases",
+        "filters",
+        "linalg",
+        "counts",
+    ],
     ["parameters", "paths", "subsets", "curvature", "batches"],
     ["layers"],
     ["likelihoods", "priors"],
     [
         "accumulation",
         "adjoint",
+        "reduction",
         "revisit",
         "state",
         "closed_form",

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from margeq.comm import ALONE, Comm
+from margeq.curvature.addition import require_same, require_same_kind
 from margeq.curvature.capture import Use
 from margeq.curvature.forms import BlockCurvature
 from margeq.curvature.io import Layout
@@ -52,8 +54,35 @@ class BlockEigen:
     layout: Layout = "obi"
 
     def __add__(self, other: BlockEigen) -> BlockEigen:
-        """Sums of two disjoint sets of data, in the same basis."""
+        """Sums of two disjoint sets of data, at the same weights and in the same basis.
+
+        Returns:
+            The block of all data.
+
+        Raises:
+            ConfigError: for blocks of other shapes, another layout or another basis.
+        """
+        require_same_kind(self, other)
+        if self.is_empty or other.is_empty:
+            require_same("number of weights", self.numel, other.numel)
+            return self if other.is_empty else other
+        require_same("shape of moments", self.moments.shape, other.moments.shape)
+        require_same("layout", self.layout, other.layout)
+        if not _same_basis(self.basis, other.basis):
+            raise ConfigError(
+                "sums over data cannot be added: their bases differ; pass the same bases=... to "
+                "both passes, from margeq.laplace.eigen_bases"
+            )
         return replace(self, moments=self.moments + other.moments)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums over data, by name."""
+        return {"moments": self.moments}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no gradient has reached the weight; all moments are then zero, in any shape."""
+        return not bool(self.moments.any())
 
     @property
     def numel(self) -> int:
@@ -94,8 +123,21 @@ class BlockEigen:
         return dense.reshape(self.numel, self.numel)
 
 
-def eigen_bases(krons: Mapping[str, BlockKron]) -> dict[str, tuple[Tensor, Tensor]]:
+def _same_basis(one: tuple[Tensor, Tensor] | None, other: tuple[Tensor, Tensor] | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return all(map(torch.equal, one, other))
+
+
+def eigen_bases(
+    krons: Mapping[str, BlockKron], comm: Comm = ALONE
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Eigenvectors of Kronecker factors, of any root and any share of the positions.
+
+    Args:
+        krons: weight name -> its factors, the same on all ranks.
+        comm: ranks that all take the vectors of the first one: those of equal eigenvalues are not
+            unique, and moments in different bases do not add up.
 
     Returns:
         Bases of all weights that the network uses; the others need none.
@@ -109,8 +151,10 @@ def eigen_bases(krons: Mapping[str, BlockKron]) -> dict[str, tuple[Tensor, Tenso
         if kron.n_shared > 0:
             _, grad_vectors, _ = psd_eigh(kron.grad_cov, name, kron.resolution)
             _, input_vectors, _ = psd_eigh(kron.input_cov, name, kron.resolution)
-            bases[name] = grad_vectors, input_vectors
-    return bases
+            # the order in memory, which decides about the rounding of products, is always the same
+            bases[name] = grad_vectors.contiguous(), input_vectors.contiguous()
+    vectors = iter(comm.broadcast([side for basis in bases.values() for side in basis], 0))
+    return {name: (next(vectors), next(vectors)) for name in bases}
 
 
 class EigenSums:
@@ -157,11 +201,13 @@ class EigenSums:
     def _block(self, name: str) -> BlockEigen:
         moments = self._moments.get(name)
         if moments is None:
-            # a weight that the network does not use, e.g. of an off path
-            weight = self._weights[name]
+            # a weight that the network does not use, e.g. of an off path, or no data
+            weight, basis = self._weights[name], self._bases.get(name)
+            shape = (weight.numel(), 1, 1)
+            if basis is not None:
+                shape = (len(basis[0]), basis[0].shape[-1], basis[1].shape[-1])
             dtype = accumulation_dtype(weight.device)
-            zeros = torch.zeros(weight.numel(), 1, 1, dtype=dtype, device=weight.device)
-            return BlockEigen(zeros)
+            return BlockEigen(torch.zeros(shape, dtype=dtype, device=weight.device), basis)
         return BlockEigen(moments, self._bases.get(name), self._calls.layouts[name])
 
     def _rotated_inputs(self, name: str, inputs: Tensor) -> Tensor:

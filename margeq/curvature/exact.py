@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from margeq.curvature.capture import eval_mode, forward
-from margeq.parameters import named_weights
+from margeq.parameters import named_weights, unwrapped
 
 __all__ = ["OutputHessian", "ggn"]
 
@@ -43,6 +43,7 @@ def ggn(
     Returns:
         ``[P_total, P_total]``; memory and time grow with the square of the parameter count.
     """
+    model = unwrapped(model)
     weights = list(named_weights(model).values())
     total = sum(weight.numel() for weight in weights)
     matrix = torch.zeros(total, total, dtype=weights[0].dtype, device=weights[0].device)

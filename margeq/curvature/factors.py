@@ -65,13 +65,18 @@ class Factors:
         """Add a gradient covariance."""
         self.grad_cov = _added(self.grad_cov, cov)
 
-    def kron(self) -> BlockKron | None:
-        """The finished sums, or ``None`` for a weight that the network does not use."""
-        if self.input_cov is None or self.grad_cov is None:
+    def kron(self, numel: int) -> BlockKron | None:
+        """The finished sums of ``numel`` numbers, or ``None`` for a weight out of use."""
+        if self.input_cov is None:
             return None
-        n_shared = self.input_cov.new_tensor(self.n_shared)
+        n_shared, grad_cov = self.input_cov.new_tensor(self.n_shared), self.grad_cov
+        if grad_cov is None:
+            # data that keep no column of the root: others do, and need the sums of all inputs
+            blocks, inner, _ = self.input_cov.shape
+            out = numel // (blocks * inner)
+            grad_cov = self.input_cov.new_zeros(blocks, out, out)
         return BlockKron(
-            self.grad_cov, self.input_cov, n_shared, self.layout, self.resolution, self.symmetry
+            grad_cov, self.input_cov, n_shared, self.layout, self.resolution, self.symmetry
         )
 
 
@@ -233,7 +238,10 @@ class FactorSums:
         """The curvature of every weight; fills the cache."""
         self._cache.fill(checksum, self._factors)
         return BlockCurvature(
-            {name: f.kron() or self._empty(name) for name, f in self._factors.items()}
+            {
+                name: f.kron(self._weights[name].numel()) or self._empty(name)
+                for name, f in self._factors.items()
+            }
         )
 
     def _empty(self, name: str) -> BlockKron:

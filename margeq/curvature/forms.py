@@ -15,7 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from margeq.curvature.addition import require_same, require_same_kind
 from margeq.curvature.capture import Use
+from margeq.errors import ConfigError
 from margeq.linalg import log1p_ratio
 
 __all__ = [
@@ -46,6 +48,10 @@ class CurvatureSums(Protocol):
 
 class Curvature(ABC):
     """Un-normalised sums over the data, free of prior, noise and temperature."""
+
+    @abstractmethod
+    def __add__(self, other: Curvature) -> Curvature:
+        """Sums of two disjoint sets of data, at the same weights."""
 
     @abstractmethod
     def decompose(self) -> Eigenvalues:
@@ -80,6 +86,10 @@ class Eigenvalues(ABC):
 class Block(Protocol):
     """Curvature of one weight tensor, independent of all others."""
 
+    def __add__(self, other: Any, /) -> Block:
+        """Sums of two disjoint sets of data, at the same weights."""
+        ...
+
     def log_eigenvalues(self, name: str = "weight") -> tuple[Tensor, int]:
         """Logarithms of all eigenvalues, ``-inf`` for zero, and the clamped count."""
         ...
@@ -94,6 +104,27 @@ class BlockCurvature(Curvature):
     """
 
     blocks: Mapping[str, Block]
+
+    def __add__(self, other: Curvature) -> BlockCurvature:
+        """Sums of two disjoint sets of data, at the same weights.
+
+        Returns:
+            The blocks of all data.
+
+        Raises:
+            ConfigError: for another kind of curvature, other weights, or a block that differs in
+                shape, layout or basis, naming its weight.
+        """
+        require_same_kind(self, other)
+        assert isinstance(other, BlockCurvature)
+        require_same("list of weights", sorted(self.blocks), sorted(other.blocks))
+        blocks = {}
+        for name, block in self.blocks.items():
+            try:
+                blocks[name] = block + other.blocks[name]
+            except ConfigError as error:
+                raise ConfigError(f"weight {name!r}: {error}") from error
+        return BlockCurvature(blocks)
 
     def decompose(self) -> BlockEigenvalues:
         """Eigenvalues of every block."""

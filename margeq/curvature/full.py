@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from margeq.curvature.addition import require_same, require_same_kind
 from margeq.curvature.capture import Use
 from margeq.curvature.forms import Curvature, Eigenvalues
 from margeq.curvature.per_datum import CallReader, gradient
@@ -51,8 +52,18 @@ class FullCurvature(Curvature):
     matrix: Tensor
     sizes: Mapping[str, int]
 
-    def __add__(self, other: FullCurvature) -> FullCurvature:
-        """Sums of two disjoint sets of data."""
+    def __add__(self, other: Curvature) -> FullCurvature:
+        """Sums of two disjoint sets of data, at the same weights.
+
+        Returns:
+            The matrix of all data.
+
+        Raises:
+            ConfigError: for another kind of curvature, or other weights.
+        """
+        require_same_kind(self, other)
+        assert isinstance(other, FullCurvature)
+        require_same("list of weights", list(self.sizes.items()), list(other.sizes.items()))
         return replace(self, matrix=self.matrix + other.matrix)
 
     def decompose(self) -> FullEigenvalues:

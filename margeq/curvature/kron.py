@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from margeq.curvature.addition import require_same, require_same_kind
 from margeq.curvature.fourier import GroupCirculant
 from margeq.curvature.io import Layout
 from margeq.linalg import psd_eigenvalues
@@ -38,7 +39,22 @@ class BlockKron:
     symmetry: GroupCirculant | None = None
 
     def __add__(self, other: BlockKron) -> BlockKron:
-        """Sums of two disjoint sets of data."""
+        """Sums of two disjoint sets of data, at the same weights.
+
+        Returns:
+            The block of all data; ``resolution`` is that of the coarser part, and a symmetry is
+            kept if both parts have it.
+
+        Raises:
+            ConfigError: for blocks of other shapes or another layout.
+        """
+        require_same_kind(self, other)
+        if self.is_empty or other.is_empty:
+            require_same("number of weights", self.numel, other.numel)
+            return self if other.is_empty else other
+        require_same("shape of grad_cov", self.grad_cov.shape, other.grad_cov.shape)
+        require_same("shape of input_cov", self.input_cov.shape, other.input_cov.shape)
+        require_same("layout", self.layout, other.layout)
         return replace(
             self,
             grad_cov=self.grad_cov + other.grad_cov,
@@ -48,6 +64,15 @@ class BlockKron:
             symmetry=self.symmetry if self.symmetry == other.symmetry else None,
         )
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums over data, by name."""
+        return {name: getattr(self, name) for name in ("grad_cov", "input_cov", "n_shared")}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no datum has reached the weight; all sums are then zero, in any shape."""
+        return not float(self.n_shared)
+
     @property
     def numel(self) -> int:
         """Number of parameters that the block covers."""
@@ -56,16 +81,28 @@ class BlockKron:
 
     def log_eigenvalues(self, name: str = "weight") -> tuple[Tensor, int]:
         """Logarithms of the eigenvalues ``[o, b, i]`` (``-inf`` for zero) and the clamped count."""
-        grad_values, grad_clamped = psd_eigenvalues(self.grad_cov, name, self.resolution)
+        grad_values, grad_clamped = self.grad_eigenvalues(name)
+        input_values, input_clamped = self.input_eigenvalues(name)
+        return self.joined_logs(grad_values, input_values), grad_clamped + input_clamped
+
+    def grad_eigenvalues(self, name: str = "weight") -> tuple[Tensor, int]:
+        """Eigenvalues ``[b, o]`` of ``grad_cov`` and the clamped count."""
+        return psd_eigenvalues(self.grad_cov, name, self.resolution)
+
+    def input_eigenvalues(self, name: str = "weight") -> tuple[Tensor, int]:
+        """Eigenvalues ``[b, i]`` of ``input_cov`` and the clamped count."""
         decompose = psd_eigenvalues if self.symmetry is None else self.symmetry.eigenvalues
-        input_values, input_clamped = decompose(self.input_cov, name, self.resolution)
+        return decompose(self.input_cov, name, self.resolution)
+
+    def joined_logs(self, grad_values: Tensor, input_values: Tensor) -> Tensor:
+        """Logarithms ``[o, b, i]`` of the eigenvalues, from those of the factors."""
         logs = (
             _safe_log(grad_values).mT[:, :, None]
             + _safe_log(input_values)[None]
             - _safe_log(self.n_shared)
         )
         empty = self.n_shared <= 0
-        return torch.where(empty, -torch.inf, logs), grad_clamped + input_clamped
+        return torch.where(empty, -torch.inf, logs)
 
     def to_dense(self) -> Tensor:
         """``[P, P]``, row-major in the parameter's own layout."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from margeq.batches import concatenate, map_tensors, signature
+from margeq.comm import ALONE, Comm, agree
 from margeq.curvature.roots import Root, TraceHistogram
 
 __all__ = ["ColumnPlan", "kept_columns", "like_groups", "regrouped"]
@@ -52,9 +53,13 @@ class ColumnPlan:
             self._keys.append(keys)
             self._norms.append(square_norms)
 
-    def close(self) -> None:
-        """Set the threshold, once all data are added."""
-        self.threshold, self.captured = self._histogram.threshold(self._share)
+    def close(self, comm: Comm = ALONE) -> None:
+        """Set the threshold, the same one on all ranks, once all data are added."""
+        if comm.size > 1:
+            agree(comm)  # a rank that has failed by now does not come here
+        self.threshold, _ = self._histogram.reduced(comm).threshold(self._share)
+        self.captured = self._histogram.share_above(self.threshold)
+        self.trace = self._histogram.total
         if not self._keys:
             self._sorted_keys = None
             return

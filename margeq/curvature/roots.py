@@ -5,11 +5,13 @@ Gaussian roots carry no noise: ``1 / (sigma^2 T)`` enters once, in the objective
 
 from __future__ import annotations
 
+from math import log2
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from margeq.comm import Comm
 from margeq.curvature.sampling import normals, uniforms
 
 __all__ = [
@@ -214,6 +216,25 @@ class TraceHistogram:
         octaves = values.clamp_min(2.0**-140).log2() * self._PER_OCTAVE
         bins = (octaves.floor().long() - self._LOWEST).clamp(0, self._BINS - 1)
         self._trace.index_add_(0, bins, values)
+
+    @property
+    def total(self) -> float:
+        """The trace of the output Hessian over all data."""
+        return float(self._trace.sum())
+
+    def reduced(self, comm: Comm) -> TraceHistogram:
+        """The distribution over the data of all ranks."""
+        everyone = TraceHistogram()
+        (everyone._trace,) = comm.sum([self._trace])
+        return everyone
+
+    def share_above(self, threshold: float) -> float:
+        """Share of the trace above an edge that :meth:`threshold` gave for these or other data."""
+        if self.total <= 0 or threshold <= 0:
+            return 1.0
+        lowest_bin = round(log2(threshold) * self._PER_OCTAVE) - self._LOWEST
+        kept = self._trace.flip(0).cumsum(0)
+        return float(kept[self._BINS - 1 - lowest_bin] / kept[-1])
 
     def threshold(self, share: float) -> tuple[float, float]:
         """Largest bin edge above which at least ``share`` of the trace lies, and that share."""

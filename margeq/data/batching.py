@@ -71,6 +71,23 @@ class TensorLoader:
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.batch_size)
 
+    def part(self, first: int, last: int, batch_size: int | None = None) -> TensorLoader:
+        """The data from ``first`` to before ``last``, in order; none are copied.
+
+        Returns:
+            A loader with this one's batch size, or another one.
+
+        Raises:
+            ConfigError: if this loader shuffles or augments.
+        """
+        if self.shuffle or self.augment is not None:
+            raise ConfigError(
+                "this TensorLoader shuffles or augments, but a part shows the data as they are and "
+                "in order; take it from one with shuffle=False and augment=None"
+            )
+        images, labels = self.dataset.tensors
+        return TensorLoader(images[first:last], labels[first:last], batch_size or self.batch_size)
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         images, labels = self.dataset.tensors
         order = torch.arange(len(labels))
