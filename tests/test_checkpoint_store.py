@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from margeq.errors import (
 from tests.checkpoint_files import body_of, equal, files_of, forged_manifest, saved, state
 
 TRUNCATIONS, FLIPS = 400, 300
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def test_every_kind_of_value_comes_back(tmp_path):
@@ -203,6 +205,15 @@ def test_every_single_bit_of_a_manifest_counts(tmp_path):
         assert refused(store), bit
 
 
+@pytest.mark.parametrize(("old", "new"), [(b"e-05", b"E-05"), (b",", b", "), (b"}", b"}\n")])
+def test_another_spelling_of_a_manifest_is_damage(tmp_path, old, new):
+    store = CheckpointStore(tmp_path)
+    path = store.save(1, state(), score=2e-05) / MANIFEST
+    assert old in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(old, new))
+    assert refused(store)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json"])
 def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path, name):
     store = saved(tmp_path, [1, 2, 3])
@@ -249,6 +260,13 @@ def test_names_shapes_and_dtypes_are_compared():
     ]:
         with pytest.raises(CheckpointMismatch, match=message):
             require_same_tensors(stored, live, "model")
+
+
+@pytest.mark.parametrize("version", range(1, FORMAT_VERSION + 1))
+def test_every_format_that_was_ever_written_is_read(version):
+    """Files of the past: they stay as they are when the format changes."""
+    found = CheckpointStore(GOLDEN / f"format-{version}").load(1)
+    assert equal(found.state, state(1.0))
 
 
 def test_a_manifest_reads_back(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from margeq.checkpoint.lock import run_lock
 from margeq.checkpoint.store import Checkpoint, CheckpointStore
-from margeq.checkpoint.trees import require_same_tensors
+from margeq.checkpoint.trees import require_same_tensors, trusting
 from margeq.checkpoint.writer import Checkpoints, CheckpointWriter
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "Checkpoints",
     "require_same_tensors",
     "run_lock",
+    "trusting",
 ]

@@ -9,14 +9,15 @@ JSON has no tensors, tuples, keys other than strings, or numbers that are not fi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
-from margeq.errors import CheckpointCorrupt, CheckpointError, CheckpointMismatch
+from margeq.errors import CheckpointCorrupt, CheckpointError, CheckpointMismatch, MargeqError
 
-__all__ = ["from_plain", "require_same_tensors", "to_plain"]
+__all__ = ["from_plain", "require_same_tensors", "to_plain", "trusting"]
 
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -59,6 +60,25 @@ def from_plain(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
     if left:
         raise CheckpointCorrupt(f"state.json does not mention tensor {next(iter(left))!r}")
     return state
+
+
+@contextmanager
+def trusting(what: str) -> Iterator[None]:
+    """Turn what a state of unexpected structure raises inside into a typed error.
+
+    Raises:
+        CheckpointCorrupt: instead of lookup, type and value errors.
+        MargeqError: as it is.
+    """
+    try:
+        yield
+    except MargeqError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointCorrupt(
+            f"{what} is undamaged, but not the state of such a run: {error!r}; start anew with "
+            f"another checkpoint_dir or resume=False"
+        ) from error
 
 
 def require_same_tensors(stored: Mapping[str, Any], live: Mapping[str, Any], what: str) -> None:

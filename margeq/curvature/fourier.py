@@ -10,8 +10,10 @@ of ``rho``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +52,17 @@ class GroupCirculant:
         first = (moves.amin(0) == torch.arange(length, device=moves.device)).nonzero().flatten()
         # an orbit has at most as many indices as the group has elements
         return cls(group, moves[:, first]) if len(first) * group.order == length else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors."""
+        group = self.group
+        return {"name": group.name, "matrices": group.matrices, "orbits": self.orbits}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> GroupCirculant:
+        """The symmetry of a state, on a device."""
+        group = FiniteGroup(state["name"], state["matrices"])
+        return cls(group, state["orbits"].to(device))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, GroupCirculant):
