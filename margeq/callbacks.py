@@ -98,7 +98,8 @@ class RichProgress:
         if event.kind == "start":
             label = f"{event.data.get('title', '')} {event.data['start']}".strip()
             self._loss = self._evidence = ""
-            self._task = self._progress.add_task(label, total=event.data["n_epochs"], status="")
+            done, total = event.data.get("epoch", 0), event.data["n_epochs"]
+            self._task = self._progress.add_task(label, total=total, completed=done, status="")
         elif event.kind == "epoch":
             self._loss = f"loss {event.data['loss']:.3f}"
             self._progress.update(self._task, advance=1, status=f"{self._loss}  {self._evidence}")

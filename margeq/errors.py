@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 __all__ = [
+    "CheckpointCorrupt",
     "CheckpointError",
+    "CheckpointLocked",
+    "CheckpointMismatch",
+    "CheckpointVersion",
+    "CheckpointWarning",
     "ConfigError",
     "ConvergenceWarning",
     "CurvatureError",
@@ -63,12 +68,32 @@ class CheckpointError(MargeqError, RuntimeError):
     """A checkpoint cannot be written or trusted."""
 
 
+class CheckpointCorrupt(CheckpointError):
+    """Files of a checkpoint are missing, damaged, or not what its manifest says."""
+
+
+class CheckpointMismatch(CheckpointError):
+    """A checkpoint is that of another run; names what differs."""
+
+
+class CheckpointVersion(CheckpointError):
+    """A checkpoint has a format that this version does not read."""
+
+
+class CheckpointLocked(CheckpointError):
+    """Another process writes to the same run directory; names process and host."""
+
+
 class DistributedError(MargeqError, RuntimeError):
     """Another rank has failed or cannot be reached."""
 
 
 class DistributedMismatchError(DistributedError):
     """Ranks disagree about values that have to be identical."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint was not written or not used; training goes on without it."""
 
 
 class NumericalWarning(UserWarning):

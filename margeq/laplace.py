@@ -9,15 +9,19 @@ block per weight tensor, the determinant is a sum of ``log(1 + kappa lambda / de
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from margeq.accumulation import CurvatureState, accumulate
+from margeq.batches import map_tensors
 from margeq.curvature.eigen import EigenBases
 from margeq.curvature.eigen import eigen_bases as _eigen_bases
-from margeq.curvature.forms import Eigenvalues
+from margeq.curvature.forms import BlockEigenvalues, Eigenvalues
+from margeq.curvature.full import FullEigenvalues
 from margeq.curvature.options import EvidenceFlavour
 from margeq.errors import ConfigError
 from margeq.likelihoods import Likelihood
@@ -36,6 +40,8 @@ __all__ = [
     "hyper_gradient",
     "log_marginal_likelihood",
 ]
+
+_EIGENVALUES = {kind.__name__: kind for kind in (BlockEigenvalues, FullEigenvalues)}
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,33 @@ class Spectrum:
     flavour: EvidenceFlavour
     checksum: int
     log_hyperprior: float = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors."""
+        return {
+            "kind": type(self.eigenvalues).__name__,
+            "eigenvalues": self.eigenvalues.state_dict(),
+            "square_norms": dict(self.square_norms),
+            "fit": self.fit,
+            "n_data": self.n_data,
+            "flavour": asdict(self.flavour),
+            "checksum": self.checksum,
+            "log_hyperprior": self.log_hyperprior,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> Spectrum:
+        """The spectrum of a state, on a device."""
+        values = map_tensors(lambda t: t.to(device), state)
+        return cls(
+            _EIGENVALUES[state["kind"]](**values["eigenvalues"]),
+            values["square_norms"],
+            values["fit"],
+            state["n_data"],
+            EvidenceFlavour(**state["flavour"]),
+            state["checksum"],
+            state["log_hyperprior"],
+        )
 
     @property
     def clamped(self) -> int:

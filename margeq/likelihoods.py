@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -47,6 +48,16 @@ class Likelihood(ABC):
     @abstractmethod
     def curvature_scale(self) -> Tensor:
         """Factor ``1 / (sigma^2 T)`` between the stored curvature and that of the objective."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Values of the hyperparameters, by name."""
+        return dict(self.hyperparameters)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Set the hyperparameters, in place."""
+        with torch.no_grad():
+            for name, value in self.hyperparameters.items():
+                value.copy_(state[name])
 
     @abstractmethod
     def fit(self, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,16 +14,15 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from margeq.adjoint import Revisit
-from margeq.batches import read_batches
 from margeq.callbacks import Callback, Event, progress_callback
+from margeq.checkpoint import Checkpoints
 from margeq.comm import require_one_process
 from margeq.curvature.options import KfacOptions
-from margeq.errors import ConfigError, ConvergenceWarning
-from margeq.function_share import function_variances
-from margeq.laplace import hyper_gradient
+from margeq.errors import ConfigError
 from margeq.likelihoods import Likelihood, as_likelihood
 from margeq.parameters import named_weights, requiring_grad
 from margeq.priors import GaussianPrior
+from margeq.training.conclusion import conclude
 from margeq.training.guards import (
     Rewind,
     deterministic_algorithms,
@@ -31,15 +30,15 @@ from margeq.training.guards import (
     transaction,
 )
 from margeq.training.network import NetworkStepsOptions, collect_hyperparameters
-from margeq.training.problem import Problem, Schedule, first_look
-from margeq.training.result import Diagnostics, MargLikResult, Restart
-from margeq.training.run import Outcome, run
+from margeq.training.problem import Schedule, first_look
+from margeq.training.randomness import Randomness
+from margeq.training.restarts import Restarts
+from margeq.training.result import MargLikResult
+from margeq.training.run_directory import as_checkpoints, open_directory
+from margeq.training.settings import described
 from margeq.training.starts import resolve_starts
 
 __all__ = ["MargLikResult", "optimize_marglik"]
-
-_SETTLED_SLOPE = 0.01
-"""Nats per datum and epoch above which the evidence is still on its way."""
 
 
 def optimize_marglik(
@@ -73,7 +72,7 @@ def optimize_marglik(
     restarts: str | Sequence[str] = "auto",
     batch_fn: Callable[[Any], tuple[Any, Any]] | None = None,
     deterministic: bool = False,
-    checkpoint_dir: str | None = None,
+    checkpoint_dir: str | Path | Checkpoints | None = None,
     resume: bool = True,
     callbacks: Sequence[Callback] = (),
     progress: str = "auto",
@@ -134,8 +133,13 @@ def optimize_marglik(
             gates ``"auto"`` also has its first start from both of these ends.
         batch_fn: turns a batch into ``(inputs, targets)``.
         deterministic: use PyTorch's deterministic algorithms meanwhile.
-        checkpoint_dir: not available in this version.
-        resume: for ``checkpoint_dir``.
+        checkpoint_dir: directory of this one run, or :class:`margeq.checkpoint.Checkpoints`: its
+            state is written there as often as 2 % of the time allow, without pickle. A process
+            that was killed is resumed by the same call: with the same torch, threads and data it
+            ends in the very same state, bit for bit.
+        resume: go on from the newest valid checkpoint in ``checkpoint_dir``, if there is one; that
+            of a finished run gives its result again. ``False`` removes the checkpoints there and
+            starts anew.
         callbacks: functions of an event.
         progress: ``"auto"`` (a bar on a terminal), ``"rich"`` or ``"none"``.
         seed: of starts and data order; ``None`` draws one from torch's random state.
@@ -148,6 +152,8 @@ def optimize_marglik(
         DataError: for data that cannot be used.
         MissingRuleError: for a trainable tensor without a curvature rule.
         CurvatureError: if every restart failed numerically.
+        CheckpointError: if ``checkpoint_dir`` is in use, cannot be written to (three times in a
+            row), holds a run with other arguments, or nothing that can be trusted.
 
     Reference:
         van der Ouderaa, Immer & van der Wilk 2023.
@@ -169,7 +175,9 @@ def optimize_marglik(
         n_hypersteps=n_hypersteps, lr_hyp=lr_hyp, seed=seed,
     )  # fmt: skip
     _check_callbacks(callbacks)
-    _refuse_unavailable(backend, checkpoint_dir)
+    if backend != "margeq":
+        raise ConfigError(f"backend={backend!r}: this version has 'margeq'")
+    checkpoints = as_checkpoints(checkpoint_dir)
     inside = collect_hyperparameters(model, hyperparameters)
     NetworkStepsOptions(network_gradient, lr_hyp, n_hypersteps)
     if isinstance(likelihood, Likelihood) and (sigma_noise_init, temperature) != (1.0, 1.0):
@@ -191,30 +199,38 @@ def optimize_marglik(
     starts = resolve_starts(model, restarts, moving.values())
     bar = progress_callback(progress)
     emit = _Fan([*callbacks, *([bar] if bar else [])])
-    rewind = Rewind(model, (train_loader, marglik_loader), inside.values())
+    loaders = (train_loader, marglik_loader)
+    rewind, randomness = Rewind(model, loaders, inside.values()), Randomness(model, loaders)
     with ExitStack() as stack:
         stack.enter_context(transaction(rewind))
         # no gradient of the training loss can reach them
         stack.enter_context(requiring_grad(inside.values(), False))
-        run_seed = int(torch.randint(2**31, ())) if seed is None else seed
+        drawn_seed = int(torch.randint(2**31, ())) if seed is None else seed
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.random.fork_rng(devices=random_devices(model)))
         stack.enter_context(deterministic_algorithms(deterministic))
+        directory = stack.enter_context(open_directory(checkpoints, resume))
+        run_seed = directory.seed(seed, drawn_seed)
+        settings = described({
+            "schedule": schedule, "likelihood": likelihood_object, "prior": prior,
+            "prior_prec_init": prior_prec_init, "parameters": parameters, "curvature": options,
+            "hyperparameters": list(inside), "starts": starts, "deterministic": deterministic,
+            "seed": run_seed, "loaders": randomness.describe(),
+        })  # fmt: skip
+        origin = rewind if checkpoints is None else Rewind(model, loaders, inside.values())
+        directory.begin_at(origin, settings)
         if bar is not None:
             stack.enter_context(bar)
         problem = first_look(
             model, train_loader, marglik_loader, batch_fn, likelihood_object, prior,
             prior_prec_init, parameters, options, schedule, run_seed, inside,
         )  # fmt: skip
-        outcomes = []
-        for start in starts:
-            rewind()
-            torch.manual_seed(run_seed)
-            emit(Event("start", {"start": start.name, "n_epochs": n_epochs}))
-            outcomes.append(run(problem, start, emit))
-            value = outcomes[-1].log_marginal_likelihood
-            emit(Event("end", {"start": start.name, "log_marginal_likelihood": value}))
-        return _finish(problem, outcomes, emit)
+        writer = directory.writer(problem)
+        runs = Restarts(problem, starts, origin, randomness, emit, settings, writer)
+        directory.resume(runs, problem, randomness)
+        result = conclude(problem, runs.run())
+        emit(Event("result", {"log_marginal_likelihood": result.log_marginal_likelihood}))
+        return result
 
 
 def _check_model(model: nn.Module) -> None:
@@ -247,13 +263,6 @@ def _check_numbers(*, lr_hyp: float, seed: int | None, **counts: int) -> None:
         raise ConfigError(f"seed={seed!r} must be None or an integer from 0 to 2**63 - 1")
 
 
-def _refuse_unavailable(backend: str, checkpoint_dir: str | None) -> None:
-    if backend != "margeq":
-        raise ConfigError(f"backend={backend!r}: this version has 'margeq'")
-    if checkpoint_dir is not None:
-        raise ConfigError("checkpoint_dir is not available in this version")
-
-
 def _require_factors(inside: Mapping[str, Tensor], options: KfacOptions, hyper_solver: str) -> None:
     if inside and options.curvature != "kfac" and hyper_solver != "fixed":
         raise ConfigError(
@@ -272,79 +281,3 @@ class _Fan:
     def __call__(self, event: Event) -> None:
         for callback in self._callbacks:
             callback(event)
-
-
-def _finish(problem: Problem, outcomes: list[Outcome], emit: Callback) -> MargLikResult:
-    kept = max(outcomes, key=lambda outcome: outcome.log_marginal_likelihood)
-    if kept.spectrum is None:
-        assert kept.error is not None
-        raise kept.error
-    problem.model.load_state_dict(kept.state_dict)
-    with torch.no_grad():
-        for name, tensor in problem.hyperparameters.items():
-            tensor.copy_(kept.hyperparameters[name])
-    for parameter in problem.model.parameters():
-        parameter.grad = None
-    batches = read_batches(problem.marglik_loader, problem.device, problem.batch_fn)
-    diagnostics = _diagnostics(problem, outcomes, kept)
-    settled, message = _settled(diagnostics.slope)
-    if not settled:
-        warnings.warn(message, ConvergenceWarning, stacklevel=3)
-    result = MargLikResult(
-        model=problem.model,
-        prior=kept.prior,
-        likelihood=kept.likelihood,
-        log_marginal_likelihood=kept.log_marginal_likelihood,
-        flavour=kept.spectrum.flavour,
-        n_data=kept.spectrum.n_data,
-        restarts=tuple(
-            Restart(
-                o.start,
-                o.log_marginal_likelihood,
-                o is kept,
-                "" if o.error is None else f"{type(o.error).__name__}: {o.error}",
-                o.history,
-            )
-            for o in outcomes
-        ),
-        diagnostics=diagnostics,
-        success=settled,
-        message=message,
-        n_iter=len(kept.history.losses),
-        spectrum=kept.spectrum,
-        variances=function_variances(problem.model, batches),
-        hyperparameters=kept.hyperparameters,
-    )
-    emit(Event("result", {"log_marginal_likelihood": result.log_marginal_likelihood}))
-    return result
-
-
-def _settled(slope: float) -> tuple[bool, str]:
-    """Whether the evidence has settled, in one word and in a sentence."""
-    if math.isnan(slope):
-        return False, "a single update cannot tell whether the evidence has settled; train longer"
-    if abs(slope) < _SETTLED_SLOPE:
-        return True, "the evidence has settled"
-    moves = f"by {abs(slope):.2g} nats per datum and epoch"
-    if slope > 0:
-        return False, f"the evidence still rises {moves}; train longer"
-    return False, f"the evidence falls {moves}; lower the learning rate"
-
-
-def _diagnostics(problem: Problem, outcomes: list[Outcome], kept: Outcome) -> Diagnostics:
-    assert kept.spectrum is not None
-    finished = [o.log_marginal_likelihood for o in outcomes if o.error is None]
-    at_bounds = kept.prior.at_bounds()
-    _, grads = hyper_gradient(kept.spectrum, kept.prior, kept.likelihood)
-    free = [float(g) for name, g in grads.items() if name not in at_bounds]
-    captured = next(u.captured_trace for u in kept.history.updates if u.epoch == kept.epoch)
-    return Diagnostics(
-        slope=kept.history.slope(kept.spectrum.n_data),
-        gradient_norm=math.hypot(*free),
-        at_bounds=tuple(at_bounds),
-        clamped_eigenvalues=kept.spectrum.clamped,
-        captured_trace=captured,
-        restart_spread=max(finished) - min(finished),
-        held_norms=kept.held_norms,
-        failed_restarts=tuple(o.start for o in outcomes if o.error is not None),
-    )

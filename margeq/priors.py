@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +126,23 @@ class GaussianPrior:
             if not low + 1e-9 < float(value) < high - 1e-9:
                 found.append(group)
         return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """What training changes; groups follow from model and structure."""
+        return {
+            "log_prior_precision": dict(self.log_prior_precision),
+            "log_center": dict(self.log_center),
+            "log_offset": dict(self.log_offset),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the state of a prior of the same groups, on the device of this one."""
+        self.log_prior_precision = {
+            name: state["log_prior_precision"][name].to(old.device)
+            for name, old in self.log_prior_precision.items()
+        }
+        self.log_center = dict(state["log_center"])
+        self.log_offset = dict(state["log_offset"])
 
     def copy(self) -> GaussianPrior:
         """An independent copy."""

@@ -452,7 +452,7 @@ def test_a_failed_restart_is_listed_and_another_one_kept():
         ({"parameters": ["nowhere"]}, "nowhere"),
         ({"progress": "loud"}, "progress"),
         ({"optimizer_kwargs": {"weight_decay": 0.1}}, "weight_decay"),
-        ({"checkpoint_dir": "runs"}, "checkpoint_dir"),
+        ({"checkpoint_dir": 5}, "checkpoint_dir=5"),
         ({"backend": "asdl"}, "backend"),
         ({"curvature": "hessian"}, "curvature"),
         ({"hyperparameters": (torch.zeros(1),)}, "hyperparameters"),

@@ -23,6 +23,8 @@ from margeq.linalg import accumulation_dtype, gram
 
 __all__ = ["FactorSums", "Factors", "InputCovCache", "InputTerm"]
 
+_INPUT_FIELDS = ("input_cov", "n_shared", "layout", "resolution", "is_bias", "n_frames")
+
 
 @dataclass
 class Factors:
@@ -44,6 +46,23 @@ class Factors:
         self.input_cov, self.n_shared = other.input_cov, other.n_shared
         self.layout, self.is_bias, self.resolution = other.layout, other.is_bias, other.resolution
         self.n_frames, self.symmetry = other.n_frames, other.symmetry
+
+    def input_state(self) -> dict[str, Any]:
+        """What :meth:`take_inputs` takes over, as plain values and tensors."""
+        symmetry = None if self.symmetry is None else self.symmetry.state_dict()
+        return {name: getattr(self, name) for name in _INPUT_FIELDS} | {"symmetry": symmetry}
+
+    @classmethod
+    def from_input_state(cls, state: Mapping[str, Any], device: torch.device) -> Factors:
+        """Input sums of a state, on a device."""
+        values = dict(state)
+        symmetry, cov = values.pop("symmetry"), values.pop("input_cov")
+        return cls(
+            **values,
+            input_cov=None if cov is None else cov.to(device),
+            symmetry=None if symmetry is None else GroupCirculant.from_state(symmetry, device),
+            from_data=True,
+        )
 
     def describe(self, rows: InputRows, from_data: bool) -> None:
         """Note what the inputs of one call say about the weight."""
@@ -89,6 +108,18 @@ class InputCovCache:
 
     checksum: int | None = None
     factors: dict[str, Factors] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors."""
+        factors = {name: kept.input_state() for name, kept in self.factors.items()}
+        return {"checksum": self.checksum, "factors": factors}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Take over what was known, to the last digit: sums depend on the order of batches."""
+        self.checksum = state["checksum"]
+        self.factors = {
+            name: Factors.from_input_state(kept, device) for name, kept in state["factors"].items()
+        }
 
     def has(self, names: Mapping[str, str]) -> bool:
         """Whether the input factors of all these weights are known."""

@@ -67,6 +67,10 @@ class Eigenvalues(ABC):
 
     clamped: int
 
+    def state_dict(self) -> dict[str, Any]:
+        """Fields by name, plain values and tensors: what the class is built from again."""
+        return dict(vars(self))
+
     @abstractmethod
     def log_determinant(self, log_precisions: Mapping[str, Tensor], log_scale: Tensor) -> Tensor:
         """``log det(I + kappa Delta^-1/2 H Delta^-1/2)``, differentiable in both arguments.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Rewind", "deterministic_algorithms", "random_devices", "transaction"]
+__all__ = ["Rewind", "deterministic_algorithms", "generators_of", "random_devices", "transaction"]
 
 
 def random_devices(model: nn.Module) -> list[int]:
@@ -48,7 +48,7 @@ class Rewind:
         self._flags = [(module, module.training) for module in model.modules()]
         self._gradients = [(p, p.grad) for p in model.parameters()]
         self._random = torch.get_rng_state()
-        self._generators = [(g, g.get_state()) for g in _generators(loaders)]
+        self._generators = [(g, g.get_state()) for g in generators_of(loaders)]
 
     def __call__(self) -> None:
         """Go back to where it was built."""
@@ -62,6 +62,22 @@ class Rewind:
             parameter.grad = gradient
         for generator, state in self._generators:
             generator.set_state(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it was built, without flags and gradients."""
+        return {
+            "model": self._state,
+            "held": {str(number): value for number, (_, value, _) in enumerate(self._held)},
+            "generators": [state for _, state in self._generators],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to where another process began, from the next call on."""
+        self._state = dict(state["model"])
+        held = zip(self._held, state["held"].values(), strict=True)
+        self._held = [(tensor, value, gradient) for (tensor, _, gradient), value in held]
+        generators = zip(self._generators, state["generators"], strict=True)
+        self._generators = [(generator, value) for (generator, _), value in generators]
 
     def restore_flags(self) -> None:
         """Give each sub-module its own train/eval flag back."""
@@ -93,7 +109,8 @@ def _cloned(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _generators(loaders: Sequence[Any]) -> list[torch.Generator]:
+def generators_of(loaders: Sequence[Any]) -> list[torch.Generator]:
+    """Generators that decide the order of loaders, in a fixed order."""
     owners: list[Any] = []
     for loader in loaders:
         batch_sampler = getattr(loader, "batch_sampler", None)

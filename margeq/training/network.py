@@ -247,6 +247,15 @@ class NetworkSteps:
         for name, grad in grads.items():
             self._ascend(name, visited[name], grad)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Moments of Adam, by hyperparameter."""
+        return {name: adam.state_dict() for name, adam in self._adam.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with these moments."""
+        for name, adam in self._adam.items():
+            adam.load_state_dict(state[name])
+
     def _move_filters_fixed(
         self,
         candidate: FixedFilters,

@@ -58,6 +58,14 @@ class HeldNorms:
         )
         self.project()
 
+    def state_dict(self) -> dict[str, Any]:
+        """The units that are held."""
+        return {"units": self.units}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Hold these units, as they are."""
+        self.units = state["units"]
+
     @torch.no_grad()
     def project(self) -> None:
         """Rescale every unit to its norm; a unit of zeros stays as it is."""

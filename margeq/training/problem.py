@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,10 @@ class Problem:
     def device(self) -> torch.device:
         """Device of the model."""
         return next(self.model.parameters()).device
+
+    def draws(self, epoch: int) -> KfacOptions:
+        """Curvature options with draws of their own: repeating one draw would not average out."""
+        return replace(self.options, seed=crc32(f"{self.seed}:{epoch}".encode()))
 
 
 def first_look(

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from margeq.errors import ConfigError, NumericalWarning
+from margeq.errors import CheckpointError, ConfigError, NumericalWarning
 
-__all__ = ["ProximalSteps", "build_optimizer", "build_scheduler"]
+__all__ = ["ProximalSteps", "build_optimizer", "build_scheduler", "scheduler_state"]
 
 Group = Mapping[str, Any]
 Memory = dict[nn.Parameter, float]
@@ -89,6 +89,25 @@ def build_scheduler(
     return scheduler
 
 
+def scheduler_state(scheduler: Any) -> dict[str, Any] | None:
+    """State of the user's scheduler, if any.
+
+    Returns:
+        ``None`` without a scheduler.
+
+    Raises:
+        CheckpointError: for a scheduler that has no state to go on from.
+    """
+    if scheduler is None:
+        return None
+    if not (hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict")):
+        raise CheckpointError(
+            f"{type(scheduler).__name__} has no state_dict() and load_state_dict(), so it cannot "
+            f"be resumed; give it both, or leave checkpoint_dir out"
+        )
+    return scheduler.state_dict()
+
+
 class ProximalSteps:
     """Steps of an optimizer on the log joint density of data and weights.
 
@@ -138,6 +157,24 @@ class ProximalSteps:
                 if self._names.get(id(parameter)) in names:
                     self.optimizer.state.pop(parameter, None)
                     self._memory.pop(parameter, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state, and what constant gradients would have built up in momenta."""
+        memory = {
+            index: self._memory[parameter]
+            for index, parameter in enumerate(self._parameters())
+            if parameter in self._memory
+        }
+        return {"optimizer": self.optimizer.state_dict(), "memory": memory}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        parameters = self._parameters()
+        self._memory = {parameters[index]: value for index, value in state["memory"].items()}
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _explicit(self, precisions: Mapping[str, float]) -> None:
         for group in self.optimizer.param_groups:

@@ -4,102 +4,58 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
-from zlib import crc32
 
 import torch
 from torch import Tensor
 
-from margeq.accumulation import CurvatureState, accumulate_with
+from margeq.accumulation import CurvatureState
 from margeq.batches import Batch, read_batches
+from margeq.checkpoint import require_same_tensors
 from margeq.curvature.capture import forward
-from margeq.curvature.options import KfacOptions
 from margeq.errors import (
     ConfigError,
     CurvatureError,
     DataError,
-    DataWarning,
-    DeterminismWarning,
     NonFiniteError,
 )
-from margeq.function_share import function_variances, shares
 from margeq.laplace import Spectrum, decompose, effective_parameters, evidence
 from margeq.layers import redraw
-from margeq.likelihoods import Gaussian, Likelihood
+from margeq.likelihoods import Gaussian
 from margeq.paths import path_prefixes, path_sums
-from margeq.priors import GaussianPrior
 from margeq.training.history import Callback, Event, History, Update
 from margeq.training.network import NetworkSteps, NetworkStepsOptions
 from margeq.training.normalisation import HeldNorms
+from margeq.training.outcome import Outcome
+from margeq.training.passes import Passes
 from margeq.training.problem import Problem
-from margeq.training.proximal import ProximalSteps, build_optimizer, build_scheduler
+from margeq.training.proximal import (
+    ProximalSteps,
+    build_optimizer,
+    build_scheduler,
+    scheduler_state,
+)
 from margeq.training.solvers import hyper_solver
 from margeq.training.starts import Start, apply_start, draw_path
 from margeq.training.switching import PathSwitch
 
-__all__ = ["Outcome", "run"]
-
-_SHARE_DATA = 1024
+__all__ = ["Run"]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """The best state that a run saw, by evidence.
+class Run:
+    """MAP steps, epoch by epoch, and evidence steps in between.
 
-    Attributes:
-        start: name of the start.
-        log_marginal_likelihood: nats; ``-inf`` if the run failed.
-        epoch: epoch of the best update.
-        state_dict: model state, off paths included.
-        prior: precisions, converged on the last curvature of the best state.
-        likelihood: noise and temperature.
-        spectrum: eigenvalues at the best state.
-        history: of the whole run.
-        hyperparameters: values of the hyperparameters inside the network.
-        held_norms: scale-invariant tensors whose norm was held.
-        error: why the run failed, or ``None``.
+    The model holds the last weights afterwards, the outcome the best.
+
+    Args:
+        problem: model and data.
+        start: where to begin; the model is put there.
+        emit: receives events.
     """
 
-    start: str
-    log_marginal_likelihood: float
-    epoch: int
-    state_dict: dict[str, Any]
-    prior: GaussianPrior
-    likelihood: Likelihood
-    spectrum: Spectrum | None
-    history: History
-    hyperparameters: dict[str, Tensor]
-    held_norms: tuple[tuple[str, ...], ...]
-    error: Exception | None = None
-
-
-def run(problem: Problem, start: Start, emit: Callback) -> Outcome:
-    """Train from one start; the model holds the last weights afterwards, the outcome the best.
-
-    A numerical failure is an outcome too: listed, not fatal, as long as another start succeeds.
-
-    Returns:
-        The best state by evidence, and the history.
-
-    Raises:
-        DataError: for batches that cannot be used, or a loader that changes its length.
-    """
-    trainer = _Run(problem, start, emit)
-    try:
-        for epoch in range(1, problem.schedule.n_epochs + 1):
-            trainer.train_epoch(epoch)
-            if problem.schedule.is_due(epoch):
-                trainer.update(epoch)
-        return trainer.outcome()
-    except CurvatureError as error:
-        return trainer.failure(error)
-
-
-class _Run:
     def __init__(self, problem: Problem, start: Start, emit: Callback) -> None:
         self._p, self._start, self._emit = problem, start, emit
         self._prior, self._likelihood = problem.prior.copy(), deepcopy(problem.likelihood)
@@ -127,9 +83,28 @@ class _Run:
             problem.parameters,
         )
         self._switch = PathSwitch(plan.n_updates)
+        self._passes = Passes(problem)
         self._history = History()
         self._best: Outcome | None = None
-        self._checksum: int | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Number of epochs that are done."""
+        return len(self._history.losses)
+
+    @property
+    def last_evidence(self) -> float | None:
+        """Log marginal likelihood after the last epoch, if it was computed then."""
+        updates = self._history.updates
+        due = updates and updates[-1].epoch == self.epoch
+        return updates[-1].log_marginal_likelihood if due else None
+
+    def advance(self) -> None:
+        """One more epoch, and the hyperparameter update that may be due after it."""
+        epoch = self.epoch + 1
+        self.train_epoch(epoch)
+        if self._p.schedule.is_due(epoch):
+            self.update(epoch)
 
     # -- weights ---------------------------------------------------------------------------------
 
@@ -179,14 +154,14 @@ class _Run:
     def update(self, epoch: int) -> None:
         """One curvature pass and the hyperparameter steps on it."""
         began = time.perf_counter()
-        state = self._curvature(epoch)
+        state = self._passes.curvature(epoch, self._likelihood)
         spectrum = decompose(state)
         self._solver.refresh(spectrum, self._prior, self._likelihood)
         terms = evidence(spectrum, self._prior, self._likelihood)
         value = float(terms.total)
         if not math.isfinite(value):
             raise NonFiniteError(f"epoch {epoch}: the evidence is {value}; lower lr_hyp")
-        by_share = self._shares()
+        by_share = self._passes.shares()
         gammas = effective_parameters(spectrum, self._prior, self._likelihood)
         noise = self._likelihood.sigma_noise if isinstance(self._likelihood, Gaussian) else None
         update = Update(
@@ -220,46 +195,9 @@ class _Run:
         p = self._p
         if p.hyperparameters and p.schedule.hyper_solver != "fixed":
             self._network.step(
-                state, self._prior, self._likelihood, p.marglik_loader, self._draws(epoch),
+                state, self._prior, self._likelihood, p.marglik_loader, p.draws(epoch),
                 batch_fn=p.batch_fn,
             )  # fmt: skip
-
-    def _draws(self, epoch: int) -> KfacOptions:
-        # other draws in every update: repeating one draw would not average out
-        return replace(self._p.options, seed=crc32(f"{self._p.seed}:{epoch}".encode()))
-
-    def _curvature(self, epoch: int) -> CurvatureState:
-        p = self._p
-        state = accumulate_with(
-            p.model,
-            p.marglik_loader,
-            self._likelihood,
-            self._draws(epoch),
-            parameters=p.parameters,
-            batch_fn=p.batch_fn,
-            cache=p.cache,
-        )
-        if self._checksum not in (None, state.checksum):
-            warnings.warn(
-                "the evidence was computed on other data than at the update before; pass "
-                "marglik_loader=... without augmentation and without drop_last",
-                DeterminismWarning,
-                stacklevel=2,
-            )
-        if self._checksum is None and state.n_data != p.n_data:
-            warnings.warn(
-                f"the evidence is that of {state.n_data} data, training uses {p.n_data}; give "
-                f"marglik_loader the same data, without augmentation and without drop_last",
-                DataWarning,
-                stacklevel=2,
-            )
-        self._checksum = state.checksum
-        return state
-
-    def _shares(self) -> dict[str, dict[str, float]]:
-        p = self._p
-        batches = read_batches(p.marglik_loader, p.device, p.batch_fn)
-        return shares(function_variances(p.model, batches, _SHARE_DATA))
 
     def _keep_best(self, epoch: int, value: float, spectrum: Spectrum) -> None:
         if self._best is not None and value <= self._best.log_marginal_likelihood:
@@ -269,7 +207,7 @@ class _Run:
             start=self._start.name,
             log_marginal_likelihood=value,
             epoch=epoch,
-            state_dict=state,
+            model_state=state,
             prior=self._prior.copy(),
             likelihood=deepcopy(self._likelihood),
             spectrum=spectrum,
@@ -277,6 +215,64 @@ class _Run:
             hyperparameters=self._hyperparameters(),
             held_norms=self._norms.units,
         )
+
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the epochs to come depend on, but random numbers; by section."""
+        return {
+            "model": {
+                "state": self._state(),
+                "buffers": dict(self._p.model.named_buffers()),
+                "hyperparameters": dict(self._p.hyperparameters),
+            },
+            "optimizer": {
+                "steps": self._steps.state_dict(),
+                "scheduler": scheduler_state(self._scheduler),
+            },
+            "hyper": {
+                "prior": self._prior.state_dict(),
+                "likelihood": self._likelihood.state_dict(),
+                "solver": self._solver.state_dict(),
+                "network": self._network.state_dict(),
+            },
+            "best": None if self._best is None else self._best.state_dict(),
+            "progress": {
+                "switch": self._switch.state_dict(),
+                "norms": self._norms.state_dict(),
+                "history": self._history.to_dict(),
+                "passes": self._passes.state_dict(),
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another process was.
+
+        Raises:
+            CheckpointMismatch: for a state of another model; nothing has changed then.
+        """
+        live = self.state_dict()["model"]
+        for part, tensors in live.items():
+            require_same_tensors(state["model"][part], tensors, f"model {part}")
+        self._p.model.load_state_dict(state["model"]["state"])
+        with torch.no_grad():
+            for part in ("buffers", "hyperparameters"):
+                for name, tensor in live[part].items():
+                    tensor.copy_(state["model"][part][name])
+        self._steps.load_state_dict(state["optimizer"]["steps"])
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict(state["optimizer"]["scheduler"])
+        self._prior.load_state_dict(state["hyper"]["prior"])
+        self._likelihood.load_state_dict(state["hyper"]["likelihood"])
+        self._solver.load_state_dict(state["hyper"]["solver"])
+        self._network.load_state_dict(state["hyper"]["network"])
+        progress = state["progress"]
+        self._switch.load_state_dict(progress["switch"])
+        self._norms.load_state_dict(progress["norms"])
+        self._passes.load_state_dict(progress["passes"])
+        self._history = History.from_dict(progress["history"])
+        if state["best"] is not None:
+            self._best = Outcome.from_state(state["best"], self._p, self._history)
 
     def _hyperparameters(self) -> dict[str, Tensor]:
         return {name: t.detach().clone() for name, t in self._p.hyperparameters.items()}

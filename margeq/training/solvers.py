@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from copy import deepcopy
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +36,14 @@ class HyperSolver(ABC):
     @abstractmethod
     def converge(self, spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood) -> None:
         """As many steps as it takes, at the end of a run."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What lives on between refreshes; most solvers remember nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        return
 
 
 class MacKay(HyperSolver):
@@ -106,6 +116,20 @@ class AdamSolver(HyperSolver):
     def converge(self, spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood) -> None:
         """Hand over to L-BFGS, which reaches the optimum that Adam approaches."""
         Lbfgs().converge(spectrum, prior, likelihood)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step size, and moments if there were steps."""
+        if self._vector is None or self._adam is None:
+            return {"lr": self._lr}
+        size = self._vector.numel()
+        return {"lr": self._lr, "size": size, "adam": self._adam.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with this step size and these moments."""
+        self._lr = state["lr"]
+        if "adam" in state:
+            _, adam = self._optimizer(state["size"])
+            adam.load_state_dict(state["adam"])
 
     def _optimizer(self, size: int) -> tuple[nn.Parameter, torch.optim.Adam]:
         if self._vector is None or self._adam is None:

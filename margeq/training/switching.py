@@ -7,6 +7,7 @@ point cannot revive weights at zero, so an off path comes back now and then near
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 __all__ = ["NEGLIGIBLE_SHARE", "PathSwitch"]
 
@@ -49,6 +50,16 @@ class PathSwitch:
         for key in probe:
             self._probe_at.pop(key)
         return off, probe
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts so far, by (layer, path)."""
+        return {"time": self._time, "low": self._low, "wait": self._wait, "probe": self._probe_at}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self._time = state["time"]
+        self._low, self._wait = dict(state["low"]), dict(state["wait"])
+        self._probe_at = dict(state["probe"])
 
     def _candidates(
         self, by_share: Mapping[str, Mapping[str, float]], active: Mapping[str, tuple[str, ...]]

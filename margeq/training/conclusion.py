@@ -1,0 +1,104 @@
+"""What all runs of a call come to: the kept one, its diagnostics, and a verdict in words."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from margeq.batches import read_batches
+from margeq.errors import ConvergenceWarning
+from margeq.function_share import function_variances
+from margeq.laplace import hyper_gradient
+from margeq.training.outcome import Outcome
+from margeq.training.problem import Problem
+from margeq.training.result import Diagnostics, MargLikResult, Restart
+
+__all__ = ["conclude"]
+
+_SETTLED_SLOPE = 0.01
+"""Nats per datum and epoch above which the evidence is still on its way."""
+
+
+def conclude(problem: Problem, outcomes: Sequence[Outcome]) -> MargLikResult:
+    """Put the best state into the model, and say how far it can be believed.
+
+    Returns:
+        The result of a call.
+
+    Raises:
+        CurvatureError: if every run failed numerically: that of the first.
+    """
+    kept = max(outcomes, key=lambda outcome: outcome.log_marginal_likelihood)
+    if kept.spectrum is None:
+        assert kept.error is not None
+        raise kept.error
+    problem.model.load_state_dict(kept.model_state)
+    with torch.no_grad():
+        for name, tensor in problem.hyperparameters.items():
+            tensor.copy_(kept.hyperparameters[name])
+    for parameter in problem.model.parameters():
+        parameter.grad = None
+    batches = read_batches(problem.marglik_loader, problem.device, problem.batch_fn)
+    diagnostics = _diagnostics(problem, outcomes, kept)
+    settled, message = _settled(diagnostics.slope)
+    if not settled:
+        warnings.warn(message, ConvergenceWarning, stacklevel=3)
+    return MargLikResult(
+        model=problem.model,
+        prior=kept.prior,
+        likelihood=kept.likelihood,
+        log_marginal_likelihood=kept.log_marginal_likelihood,
+        flavour=kept.spectrum.flavour,
+        n_data=kept.spectrum.n_data,
+        restarts=tuple(
+            Restart(
+                o.start,
+                o.log_marginal_likelihood,
+                o is kept,
+                "" if o.error is None else f"{type(o.error).__name__}: {o.error}",
+                o.history,
+            )
+            for o in outcomes
+        ),
+        diagnostics=diagnostics,
+        success=settled,
+        message=message,
+        n_iter=len(kept.history.losses),
+        spectrum=kept.spectrum,
+        variances=function_variances(problem.model, batches),
+        hyperparameters=kept.hyperparameters,
+    )
+
+
+def _settled(slope: float) -> tuple[bool, str]:
+    """Whether the evidence has settled, in one word and in a sentence."""
+    if math.isnan(slope):
+        return False, "a single update cannot tell whether the evidence has settled; train longer"
+    if abs(slope) < _SETTLED_SLOPE:
+        return True, "the evidence has settled"
+    moves = f"by {abs(slope):.2g} nats per datum and epoch"
+    if slope > 0:
+        return False, f"the evidence still rises {moves}; train longer"
+    return False, f"the evidence falls {moves}; lower the learning rate"
+
+
+def _diagnostics(problem: Problem, outcomes: Sequence[Outcome], kept: Outcome) -> Diagnostics:
+    assert kept.spectrum is not None
+    finished = [o.log_marginal_likelihood for o in outcomes if o.error is None]
+    at_bounds = kept.prior.at_bounds()
+    _, grads = hyper_gradient(kept.spectrum, kept.prior, kept.likelihood)
+    free = [float(g) for name, g in grads.items() if name not in at_bounds]
+    captured = next(u.captured_trace for u in kept.history.updates if u.epoch == kept.epoch)
+    return Diagnostics(
+        slope=kept.history.slope(kept.spectrum.n_data),
+        gradient_norm=math.hypot(*free),
+        at_bounds=tuple(at_bounds),
+        clamped_eigenvalues=kept.spectrum.clamped,
+        captured_trace=captured,
+        restart_spread=max(finished) - min(finished),
+        held_norms=kept.held_norms,
+        failed_restarts=tuple(o.start for o in outcomes if o.error is not None),
+    )

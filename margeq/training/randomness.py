@@ -1,0 +1,109 @@
+"""The random numbers to come: global states, generators of loaders, and loaders with a state."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from margeq.training.guards import generators_of, random_devices
+
+__all__ = ["Randomness"]
+
+_KNOWN_SAMPLERS = (
+    BatchSampler, RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler,
+)  # fmt: skip
+
+
+class Randomness:
+    """Random states of torch, numpy and Python, and of the loaders.
+
+    Args:
+        model: whose devices count.
+        loaders: of a run.
+    """
+
+    def __init__(self, model: nn.Module, loaders: Sequence[Any]) -> None:
+        self._devices = random_devices(model)
+        self._loaders = list({id(loader): loader for loader in loaders}.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors."""
+        numpy = np.random.get_state(legacy=False)
+        assert isinstance(numpy, dict)
+        return {
+            "torch": torch.get_rng_state(),
+            "cuda": [torch.cuda.get_rng_state(device) for device in self._devices],
+            "python": random.getstate(),
+            "numpy": {**numpy, "state": _plain(numpy["state"])},
+            "generators": [g.get_state() for g in generators_of(self._loaders)],
+            "loaders": [loader.state_dict() for loader in self._with_state()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Draw the same numbers again from here on."""
+        torch.set_rng_state(state["torch"])
+        for device, value in zip(self._devices, state["cuda"], strict=True):
+            torch.cuda.set_rng_state(value, device)
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        for generator, value in zip(generators_of(self._loaders), state["generators"], strict=True):
+            generator.set_state(value)
+        for loader, value in zip(self._with_state(), state["loaders"], strict=True):
+            loader.load_state_dict(value)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """What decides the order of each loader, for comparisons."""
+        return [
+            {
+                "loader": type(loader).__name__,
+                "batch_size": getattr(loader, "batch_size", None),
+                "sampler": type(getattr(loader, "sampler", None)).__name__,
+                "generators": len(generators_of([loader])),
+            }
+            for loader in self._loaders
+        ]
+
+    def unknown_orders(self) -> list[str]:
+        """Loaders whose batches may come in an order that no known state decides."""
+        return [type(loader).__name__ for loader in self._loaders if not _is_known(loader)]
+
+    def _with_state(self) -> Iterator[Any]:
+        for loader in self._loaders:
+            if _has_state(loader):
+                yield loader
+
+
+def _has_state(loader: Any) -> bool:
+    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+
+
+def _is_known(loader: Any) -> bool:
+    if loader is None or isinstance(loader, (list, tuple)) or _has_state(loader):
+        return True
+    if not isinstance(loader, DataLoader):
+        return isinstance(getattr(loader, "generator", None), torch.Generator)
+    # workers that live on draw from states of their own
+    return (
+        not loader.persistent_workers
+        and not isinstance(loader.dataset, IterableDataset)
+        and isinstance(loader.sampler, _KNOWN_SAMPLERS)
+        and (loader.batch_sampler is None or type(loader.batch_sampler) is BatchSampler)
+    )
+
+
+def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in state.items()}

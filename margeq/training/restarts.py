@@ -1,0 +1,150 @@
+"""All runs of one call, one after the other, and checkpoints of where they stand."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from margeq.checkpoint import CheckpointWriter, trusting
+from margeq.errors import CheckpointError, CheckpointWarning, CurvatureError
+from margeq.training.guards import Rewind
+from margeq.training.history import Callback, Event, History
+from margeq.training.outcome import Outcome
+from margeq.training.problem import Problem
+from margeq.training.randomness import Randomness
+from margeq.training.run import Run
+from margeq.training.starts import Start
+
+__all__ = ["Restarts"]
+
+
+class Restarts:
+    """Runs from every start, the next one where the one before began.
+
+    Args:
+        problem: what they share.
+        starts: in the order in which they run.
+        origin: puts model and loaders back to where every run begins.
+        randomness: the random numbers to come.
+        emit: receives events.
+        settings: plain description of the call, for checkpoints.
+        writer: of checkpoints, if any.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        starts: Sequence[Start],
+        origin: Rewind,
+        randomness: Randomness,
+        emit: Callback,
+        settings: Mapping[str, Any],
+        writer: CheckpointWriter | None,
+    ) -> None:
+        self._p, self._starts, self._origin, self._emit = problem, starts, origin, emit
+        self._randomness, self._settings, self._writer = randomness, settings, writer
+        self._outcomes: list[Outcome] = []
+        self._run: Run | None = None
+        self._resumed: Mapping[str, Any] | None = None
+
+    def run(self) -> list[Outcome]:
+        """Train from every start that is left.
+
+        A numerical failure is an outcome too: listed, not fatal, as long as another start succeeds.
+
+        Returns:
+            One outcome per start.
+
+        Raises:
+            DataError: for batches that cannot be used, or a loader that changes its length.
+            CheckpointError: if no checkpoint could be written three times in a row.
+        """
+        if not self._outcomes and self._resumed is None:
+            self._save()
+        for start in self._starts[len(self._outcomes) :]:
+            outcome = self._outcome(start)
+            self._outcomes.append(outcome)
+            self._run = None
+            value = outcome.log_marginal_likelihood
+            self._emit(Event("end", {"start": start.name, "log_marginal_likelihood": value}))
+            self._save_finished()
+        return self._outcomes
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is an outcome of every start."""
+        return len(self._outcomes) == len(self._starts)
+
+    def _outcome(self, start: Start) -> Outcome:
+        n_epochs = self._p.schedule.n_epochs
+        self._origin()
+        torch.manual_seed(self._p.seed)
+        run = self._begun(start)
+        self._emit(Event("start", {"start": start.name, "n_epochs": n_epochs, "epoch": run.epoch}))
+        try:
+            while run.epoch < n_epochs:
+                run.advance()
+                self._save(run.last_evidence)
+            return run.outcome()
+        except CurvatureError as error:
+            return run.failure(error)
+
+    def _begun(self, start: Start) -> Run:
+        """A run at its start, or where a checkpoint left it."""
+        run = Run(self._p, start, self._emit)
+        if self._resumed is not None:
+            with trusting("the checkpoint"):
+                run.load_state_dict(self._resumed)
+                self._randomness.load_state_dict(self._resumed["random"])
+            self._resumed = None
+        self._run = run
+        return run
+
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rest of the call depends on, by section."""
+        best = max(self._outcomes, key=lambda o: o.log_marginal_likelihood, default=None)
+        finished = [o if o is best else o.without_tensors() for o in self._outcomes]
+        return {
+            "settings": dict(self._settings),
+            "place": {"seed": self._p.seed, "n_data": self._p.n_data},
+            "origin": self._origin.state_dict(),
+            "finished": [o.state_dict() | {"history": o.history.to_dict()} for o in finished],
+            "cache": None if self._p.cache is None else self._p.cache.state_dict(),
+            "random": self._randomness.state_dict(),
+            **({} if self._run is None else self._run.state_dict()),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there in :meth:`run`; the origin is not touched."""
+        self._outcomes = [
+            Outcome.from_state(finished, self._p, History.from_dict(finished["history"]))
+            for finished in state["finished"]
+        ]
+        if self._p.cache is not None and state["cache"] is not None:
+            self._p.cache.load_state_dict(state["cache"], self._p.device)
+        self._resumed = state if "model" in state else None
+
+    def _save(self, evidence: float | None = None) -> None:
+        if self._writer is not None and self._writer.is_due():
+            self._writer.write(self._step(), self.state_dict, evidence)
+
+    def _save_finished(self) -> None:
+        """The last checkpoint is always written, and its failure costs nothing but itself."""
+        if not self.is_finished:
+            self._save()
+        elif self._writer is not None:
+            try:
+                self._writer.write(self._step(), self.state_dict)
+            except CheckpointError as error:
+                message = f"the run is finished, but its last checkpoint is missing: {error}"
+                warnings.warn(message, CheckpointWarning, stacklevel=2)
+
+    def _step(self) -> int:
+        # one more per run: its last epoch and its end are two places
+        done = len(self._outcomes) * (self._p.schedule.n_epochs + 1)
+        return done + (0 if self._run is None else self._run.epoch)

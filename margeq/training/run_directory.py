@@ -1,0 +1,171 @@
+"""The run directory of one call: locked, read, compared with the call, written to."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from margeq.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    CheckpointStore,
+    CheckpointWriter,
+    require_same_tensors,
+    run_lock,
+    trusting,
+)
+from margeq.errors import CheckpointMismatch, ConfigError, DeterminismWarning
+from margeq.training.guards import Rewind
+from margeq.training.problem import Problem
+from margeq.training.randomness import Randomness
+from margeq.training.restarts import Restarts
+from margeq.training.settings import require_same_settings
+
+__all__ = ["RunDirectory", "as_checkpoints", "open_directory"]
+
+
+def as_checkpoints(where: str | Path | Checkpoints | None) -> Checkpoints | None:
+    """Where checkpoints go, if anywhere.
+
+    Returns:
+        Options, by default for a path.
+
+    Raises:
+        ConfigError: for something else.
+    """
+    if where is None or isinstance(where, Checkpoints):
+        return where
+    if isinstance(where, (str, Path)):
+        return Checkpoints(where)
+    raise ConfigError(f"checkpoint_dir={where!r}: use a path, or margeq.checkpoint.Checkpoints")
+
+
+@contextmanager
+def open_directory(options: Checkpoints | None, resume: bool) -> Iterator[RunDirectory]:
+    """Lock the directory, and read its newest valid checkpoint if the run is to be resumed.
+
+    Yields:
+        The directory, also for no options.
+
+    Raises:
+        CheckpointError: if it is in use, cannot be written to, or holds nothing that is valid.
+    """
+    if options is None:
+        yield RunDirectory(None, None, None, 1.0)
+        return
+    store = CheckpointStore(Path(options.directory), options.keep)
+    with run_lock(store.directory):
+        store.clean()
+        found = store.load_latest() if resume else None
+        yield RunDirectory(store, found, store.directory, options.max_overhead)
+
+
+class RunDirectory:
+    """What one call does with its directory; nothing at all without one.
+
+    Args:
+        store: of checkpoints.
+        found: where to go on.
+        path: for messages.
+        max_overhead: as in :class:`Checkpoints`.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore | None,
+        found: Checkpoint | None,
+        path: Path | None,
+        max_overhead: float,
+    ) -> None:
+        self._store, self._found, self._path = store, found, path
+        self._max_overhead = max_overhead
+
+    def seed(self, given: int | None, drawn: int) -> int:
+        """The seed of the call: that of the checkpoint, unless there is another reason."""
+        if given is not None:
+            return given
+        if self._found is None:
+            return drawn
+        with trusting(f"the checkpoint in {self._path}"):
+            return int(self._found.state["place"]["seed"])
+
+    def begin_at(self, origin: Rewind, settings: Mapping[str, Any]) -> None:
+        """Check that the checkpoint is that of this call; put the model where that one began.
+
+        Raises:
+            CheckpointMismatch: naming the arguments or tensors that differ; nothing has changed.
+        """
+        if self._found is None:
+            return
+        with trusting(f"the checkpoint in {self._path}"):
+            stored = self._found.state
+            require_same_settings(stored["settings"], settings)
+            live = origin.state_dict()
+            for part in ("model", "held"):
+                require_same_tensors(stored["origin"][part], live[part], f"the {part} state")
+            origin.load_state_dict(stored["origin"])
+            origin()
+
+    def writer(self, problem: Problem) -> CheckpointWriter | None:
+        """Writes checkpoints that name dtype, device and seed."""
+        if self._store is None:
+            return None
+        return CheckpointWriter(self._store, self._max_overhead, _environment(problem))
+
+    def resume(self, restarts: Restarts, problem: Problem, randomness: Randomness) -> None:
+        """Put the runs where the checkpoint left them, or make room for new ones.
+
+        Raises:
+            CheckpointMismatch: if the checkpoint is about another number of data.
+        """
+        if self._found is None:
+            if self._store is not None:
+                self._store.clear()
+            return
+        with trusting(f"the checkpoint in {self._path}"):
+            n_data = self._found.state["place"]["n_data"]
+            if n_data != problem.n_data:
+                raise CheckpointMismatch(
+                    f"the checkpoint is about {n_data} data, the training loader yields "
+                    f"{problem.n_data}; resume with the same data"
+                )
+            restarts.load_state_dict(self._found.state)
+        if not restarts.is_finished:
+            self._warn(_environment(problem), randomness)
+
+    def _warn(self, environment: Mapping[str, Any], randomness: Randomness) -> None:
+        assert self._found is not None
+        here = {"torch": torch.__version__, "threads": torch.get_num_threads(), **environment}
+        stored = self._found.environment
+        changed = [
+            f"{name} {stored.get(name)!r} there, {value!r} here"
+            for name, value in here.items()
+            if stored.get(name) != value
+        ]
+        if changed:
+            message = f"resumed under other conditions ({'; '.join(changed)}): last digits differ"
+            warnings.warn(message, DeterminismWarning, stacklevel=4)
+        unknown = randomness.unknown_orders()
+        if unknown:
+            warnings.warn(
+                f"resumed at the start of an epoch, but the order of batches of "
+                f"{', '.join(unknown)} cannot be restored if a random state of its own decides "
+                f"it; use a torch DataLoader, margeq.data.TensorLoader, or give the loader "
+                f"state_dict() and load_state_dict()",
+                DeterminismWarning,
+                stacklevel=4,
+            )
+
+
+def _environment(problem: Problem) -> dict[str, Any]:
+    dtypes = {str(weight.dtype).removeprefix("torch.") for weight in problem.weights.values()}
+    return {
+        "dtype": "/".join(sorted(dtypes)),
+        "device": problem.device.type,
+        "seed": problem.seed,
+    }
