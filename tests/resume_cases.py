@@ -22,8 +22,14 @@ from margeq.groups import P4
 from margeq.layers import (
     FactoredLinear2d,
     GroupConv2d,
+    GroupGate,
+    GroupSampler,
+    Lift,
     LiftingConv2d,
+    MonteCarloLiftingConv2d,
+    PlanarSubset,
     ResidualPathways,
+    SamplePool,
     SparseConv2d,
 )
 
@@ -124,7 +130,19 @@ def augmented():
     return model, train, {"marglik_loader": evidence, "curvature": "full", "hyper_solver": "lbfgs"}
 
 
-CASES = {case.__name__: case for case in (paths, lengthscales, noise, groups, augmented)}
+def samples():
+    """Gates from both ends, and elements of a group that every batch draws anew."""
+    first = GroupSampler(PlanarSubset(True, False, width=0.7), 4)
+    model = nn.Sequential(
+        MonteCarloLiftingConv2d(1, 2, 3, outputs=first, padding=1, hidden=3), nn.Tanh(),
+        SamplePool(first, "mean"), Lift(P4), GroupGate(P4, 0.6), nn.Flatten(), nn.Linear(128, 2),
+    )  # fmt: skip
+    return model, shuffled(24, 8), {"n_epochs": 4, "restarts": ["current", "current@whole"]}
+
+
+CASES = {
+    case.__name__: case for case in (paths, lengthscales, noise, groups, augmented, samples)
+}
 
 
 def train(case, directory=None, *, built=0, callbacks=(), overhead=ALWAYS, **overrides):

@@ -10,6 +10,7 @@ import torch
 
 from margeq.checkpoint import CheckpointWriter, trusting
 from margeq.errors import CheckpointError, CheckpointWarning, CurvatureError
+from margeq.layers import redraw
 from margeq.training.guards import Rewind
 from margeq.training.history import Callback, Event, History
 from margeq.training.outcome import Outcome
@@ -82,6 +83,7 @@ class Restarts:
         n_epochs = self._p.schedule.n_epochs
         self._origin()
         torch.manual_seed(self._p.seed)
+        redraw(self._p.model)  # what earlier restarts drew last is no part of the state
         run = self._begun(start)
         self._emit(Event("start", {"start": start.name, "n_epochs": n_epochs, "epoch": run.epoch}))
         try:
