@@ -74,15 +74,17 @@ def curve_figure(records: Sequence[Record], task: str) -> Figure:
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axis = figure.subplots()
     axis.axvspan(-90, 90, color="#F3F3F3", lw=0, label="answer: upright")
-    for number, kind in enumerate(kinds):
+    models = list(dict.fromkeys(model for model, _ in kinds))
+    for kind in kinds:
+        number = models.index(kind[0])
         same = [r for r in records if (r["model"], r["training"]) == kind]
         for seed, record in enumerate(same):
             angles, said = zip(*record["results"]["upright"], strict=True)
             label = f"{kind[0]}, by {kind[1]}" if seed == 0 else None
             dash = "-" if kind[1] == "loss" else "--"
             # thinner ones in front, so that curves that coincide are all seen
-            width = max(0.8, 3.0 - 0.7 * (number // 2))
-            axis.plot(angles, said, dash, color=_COLOURS[number // 2 % 6], lw=width, label=label)
+            width = max(0.8, 3.0 - 0.6 * number)
+            axis.plot(angles, said, dash, color=_COLOURS[number % 6], lw=width, label=label)
     axis.set(xlim=(-180, 180), ylim=(0, 1), xticks=range(-180, 181, 60), title=task)
     axis.set_xlabel("turn [degrees]")
     axis.set_ylabel("probability of upright")

@@ -228,6 +228,8 @@ _CPU = replace(
     burnin=4,
     frequency=4,
     starts=("current", "current@whole"),
+    mc_width=8,
+    mc_epochs=30,
 )
 """2,000 pictures of 16 × 16 pixels."""
 

@@ -177,6 +177,8 @@ def gate_label(name: str) -> str:
     Example:
         >>> gate_label("layer1.paths.partial.gate"), gate_label("0.gate"), gate_label("gate")
         ('layer1 partial', '0', 'gate')
+        >>> gate_label("block1.conv2.outputs.distribution")
+        'block1.conv2'
     """
-    layer = name.removesuffix(".gate")
+    layer = name.removesuffix(".gate").removesuffix(".outputs.distribution")
     return re.sub(r"(^|\.)paths\.", " ", layer).strip() or "gate"
