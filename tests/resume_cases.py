@@ -140,9 +140,7 @@ def samples():
     return model, shuffled(24, 8), {"n_epochs": 4, "restarts": ["current", "current@whole"]}
 
 
-CASES = {
-    case.__name__: case for case in (paths, lengthscales, noise, groups, augmented, samples)
-}
+CASES = {case.__name__: case for case in (paths, lengthscales, noise, groups, augmented, samples)}
 
 
 def train(case, directory=None, *, built=0, callbacks=(), overhead=ALWAYS, **overrides):
