@@ -216,3 +216,8 @@ def test_words_at_both_ends_do_not_depend_on_rounding(n, dtype):
     assert str(gate.learned_subset()) == "no rotations"
     gate.to_whole()
     assert str(gate.learned_subset()) == "all rotations"
+
+
+def test_a_name_is_no_group():
+    with pytest.raises(ConfigError, match="group='P4': use a FiniteGroup"):
+        GroupGate("P4")
