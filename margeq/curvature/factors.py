@@ -14,14 +14,21 @@ from margeq.curvature.capture import Use
 from margeq.curvature.copies import mixed_rows
 from margeq.curvature.forms import BlockCurvature
 from margeq.curvature.fourier import GroupCirculant
-from margeq.curvature.frames import Frames
+from margeq.curvature.input_terms import (
+    InputTerm,
+    input_term,
+    promoted,
+    reduced_positions,
+    summed_rows,
+    times_roots,
+)
 from margeq.curvature.io import InputRows, Layout
 from margeq.curvature.kron import BlockKron
 from margeq.curvature.options import KfacOptions
 from margeq.curvature.sampling import sample_positions
 from margeq.linalg import accumulation_dtype, gram
 
-__all__ = ["FactorSums", "Factors", "InputCovCache", "InputTerm"]
+__all__ = ["FactorSums", "Factors", "InputCovCache"]
 
 _INPUT_FIELDS = ("input_cov", "n_shared", "layout", "resolution", "is_bias", "n_frames")
 
@@ -132,28 +139,6 @@ class InputCovCache:
             self.factors = {name: f for name, f in factors.items() if f.from_data}
 
 
-@dataclass(frozen=True)
-class InputTerm:
-    """What one batch adds to an input covariance: ``scale * gram(rows)``, summed over frames."""
-
-    name: str
-    rows: Tensor
-    scale: float
-    n_shared: int
-    frames: Frames | None = None
-    symmetry: GroupCirculant | None = None
-
-    def expanded_rows(self) -> Tensor:
-        """Rows that run over the frames."""
-        return self.rows if self.frames is None else self.frames.apply(self.rows)
-
-    def gram(self) -> Tensor:
-        """The covariance, through that of the rows alone."""
-        cov = gram(self.rows)
-        cov = cov if self.frames is None else self.frames.conjugate(cov)
-        return cov if self.scale == 1.0 else cov * self.scale
-
-
 class FactorSums:
     """Kronecker factors of all weights, as plain sums over the calls that are added.
 
@@ -196,9 +181,9 @@ class FactorSums:
             self._factors[name].describe(rows, from_data)
             if all(self._reduces(name)):
                 total, count = means.get(name, (0.0, 0))
-                means[name] = total + _summed(rows), count + rows.n_positions
+                means[name] = total + summed_rows(rows), count + rows.n_positions
             else:
-                terms.append(_term(name, rows, *self._reduces(name)))
+                terms.append(input_term(name, rows, *self._reduces(name)))
         for name, (total, n_positions) in means.items():
             terms.append(InputTerm(name, total / n_positions, 1.0, len(keys)))
         return terms
@@ -255,11 +240,11 @@ class FactorSums:
                 continue
             by_name = use.rule.output_grads(use.layer, use.x, grad[None])
             for local, name in use.names.items():
-                values = _promoted(by_name[local].squeeze(0))
+                values = promoted(by_name[local].squeeze(0))
                 reduces, factors = self._reduces(name), self._factors[name]
                 if reduces[1]:
-                    values = _times_roots(values, factors.frame_weights)
-                values = _reduced(values, factors.n_frames, *reduces)
+                    values = times_roots(values, factors.frame_weights)
+                values = reduced_positions(values, factors.n_frames, *reduces)
                 # the products of all calls together, or those of each call
                 key = (name, None if all(reduces) else use.call)
                 sums[key] = sums[key] + values if key in sums else values
@@ -300,62 +285,6 @@ class FactorSums:
         return places, places if one_axis else frames
 
 
-def _summed(rows: InputRows) -> Tensor:
-    """Rows summed over all positions, ``[n, 1, b, i]``."""
-    total = _evened(_promoted(rows.rows), rows, reduced=True).sum(1, keepdim=True)
-    return total if rows.frames is None else rows.frames.apply(total).sum(1, keepdim=True)
-
-
-def _term(name: str, rows: InputRows, places: bool, frames: bool) -> InputTerm:
-    """A covariance over the axes of the shared positions that are not reduced to their means."""
-    n_data, n_positions = len(rows.rows), rows.n_positions
-    # means over the frames have another structure
-    symmetry = None if frames or rows.frames is None else rows.frames.symmetry
-    if not (places or frames):
-        values = _evened(_promoted(rows.rows), rows, reduced=False)
-        n_sampled = values.shape[1] * (rows.n_frames if rows.frames else 1)
-        scale = n_positions / n_sampled
-        return InputTerm(name, values, scale, n_data * n_positions, rows.frames, symmetry)
-    values = _evened(_promoted(rows.expanded().rows), rows, reduced=frames)
-    n_places = n_positions // rows.n_frames
-    reduced = _reduced(values, rows.n_frames, places, frames) / (
-        n_places if places else rows.n_frames
-    )
-    n_shared = rows.n_frames if places else n_places
-    scale = n_shared / reduced.shape[1]
-    return InputTerm(name, reduced, scale, n_data * n_shared, symmetry=symmetry)
-
-
-def _evened(values: Tensor, rows: InputRows, *, reduced: bool) -> Tensor:
-    # sum_h w^2 aa^T (x) gg^T ~ (sum_h w aa^T) (x) (sum_h w gg^T) (sum_h w^2) / (sum_h w)^2, and a
-    # mean over frames is sum_h w a / sum_h w. Rows carry sqrt(w), and whatever comes of them is
-    # divided by the number of frames, which is right where all weigh the same.
-    weights = rows.frame_weights
-    if weights is None:
-        return values
-    if reduced:
-        return _times_roots(values, weights / weights.mean() ** 2)
-    return values * (weights.square().mean().sqrt() / weights.mean()).to(values)
-
-
-def _times_roots(values: Tensor, weights: Tensor | None) -> Tensor:
-    """Values ``[n, (h t), b, .]`` times the root of each frame's weight."""
-    if weights is None:
-        return values
-    by_frame = values.unflatten(1, (len(weights), -1))
-    return (by_frame * weights.to(values).sqrt()[:, None, None, None]).flatten(1, 2)
-
-
-def _reduced(values: Tensor, n_frames: int, places: bool, frames: bool) -> Tensor:
-    """Sums over places and frames of values ``[n, (h t), b, .]``."""
-    if values.shape[1] == 1 or not (places or frames):
-        return values
-    if places and frames:
-        return values.sum(1, keepdim=True)
-    by_frame = values.unflatten(1, (n_frames, -1))
-    return by_frame.sum(2) if places else by_frame.sum(1)
-
-
 def _added(total: Tensor | None, cov: Tensor) -> Tensor:
     """The sum in the accumulation dtype, formed in place; ``cov`` itself is never kept."""
     if total is None:
@@ -374,9 +303,3 @@ def _is_first(use: Use, inputs: Any) -> bool:
 
 def _same_memory(x: Tensor, data: Tensor) -> bool:
     return x.data_ptr() == data.data_ptr() and x.shape == data.shape
-
-
-def _promoted(values: Tensor) -> Tensor:
-    """Half precision as float32, the least that factors are formed in."""
-    half = values.dtype in (torch.float16, torch.bfloat16)
-    return values.float() if half else values
