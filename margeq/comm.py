@@ -1,6 +1,6 @@
 """Ranks that work on one evidence together: what they tell each other, and how failures spread.
 
-The library needs five things of a group of processes (:class:`Comm`). torch.distributed gives them
+The library needs six things of a group of processes (:class:`Comm`). torch.distributed gives them
 (:class:`TorchComm`), and a process on its own needs none (:class:`NullComm`).
 
 Collective calls have to come in the same order on all ranks. Work between them that can fail goes
