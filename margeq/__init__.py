@@ -107,7 +107,7 @@ def __getattr__(name: str) -> Any:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Imports leave no garbage, but set off collections among all of torch's objects: 0.1 s each."""
+    """Imports leave no garbage, but set off collections of all torch objects: 0.1 s each."""
     enabled = gc.isenabled()
     gc.disable()
     try:
