@@ -13,19 +13,12 @@ import torch
 from torch import Tensor
 
 from margeq.accumulation import CurvatureState
-from margeq.batches import Batch, read_batches
 from margeq.checkpoint import require_same_tensors
-from margeq.curvature.capture import forward
-from margeq.errors import (
-    ConfigError,
-    CurvatureError,
-    DataError,
-    NonFiniteError,
-)
+from margeq.errors import CurvatureError, NonFiniteError
 from margeq.laplace import Spectrum, decompose, effective_parameters, evidence
-from margeq.layers import redraw
 from margeq.likelihoods import Gaussian
 from margeq.paths import path_prefixes, path_sums
+from margeq.training.epoch import MapEpoch
 from margeq.training.history import Callback, Event, History, Update
 from margeq.training.network import NetworkSteps, NetworkStepsOptions
 from margeq.training.normalisation import HeldNorms
@@ -75,6 +68,7 @@ class Run:
         optimizer = build_optimizer(plan.optimizer_cls, trainable, plan.optimizer_kwargs)
         self._steps = ProximalSteps(optimizer, weights, problem.n_data)
         self._scheduler = build_scheduler(plan.scheduler_cls, optimizer, plan.scheduler_kwargs)
+        self._epoch = MapEpoch(problem, self._steps, self._norms, self._scheduler)
         self._solver = hyper_solver(plan.hyper_solver, plan.n_hypersteps, plan.lr_hyp)
         self._network = NetworkSteps(
             model,
@@ -110,44 +104,10 @@ class Run:
 
     def train_epoch(self, epoch: int) -> None:
         """One pass of MAP steps."""
-        model = self._p.model
-        if not model.training:
-            model.train()
         precisions = {n: float(self._prior.log_precision_of(n).exp()) for n in self._p.weights}
-        total, seen = torch.zeros((), device=self._p.device), 0
-        for batch in read_batches(self._p.train_loader, self._p.device, self._p.batch_fn):
-            loss = self._step(batch, precisions)
-            total, seen = total + loss * len(batch), seen + len(batch)
-        self._check_epoch(epoch, total, seen)
-        self._history.losses.append(float(total) / seen)
-        self._emit(Event("epoch", {"epoch": epoch, "loss": self._history.losses[-1]}))
-
-    def _step(self, batch: Batch, precisions: Mapping[str, float]) -> Tensor:
-        self._steps.optimizer.zero_grad(set_to_none=True)
-        redraw(self._p.model)
-        outputs = forward(self._p.model, batch.inputs)
-        targets = self._likelihood.check_targets(outputs, batch.targets)
-        loss = self._likelihood.loss(outputs, targets)
-        if not loss.requires_grad:
-            raise ConfigError("the model's output does not depend on any trainable weight")
-        loss.backward()
-        self._steps.step(precisions)
-        self._norms.project()
-        if self._scheduler is not None:
-            self._scheduler.step()
-        return loss.detach()
-
-    def _check_epoch(self, epoch: int, total: Tensor, seen: int) -> None:
-        if seen != self._p.n_data:
-            raise DataError(
-                f"epoch {epoch}: the training loader yielded {seen} samples, {self._p.n_data} in "
-                f"the first pass; it has to yield the same number in every pass"
-            )
-        if not math.isfinite(float(total)):
-            raise NonFiniteError(
-                f"epoch {epoch}: the training loss is {float(total)}; lower the learning rate "
-                f"(optimizer_kwargs={{'lr': ...}})"
-            )
+        loss = self._epoch.run(epoch, self._likelihood, precisions)
+        self._history.losses.append(loss)
+        self._emit(Event("epoch", {"epoch": epoch, "loss": loss}))
 
     # -- hyperparameters -------------------------------------------------------------------------
 
