@@ -19,13 +19,13 @@ from margeq.comm import ALONE, Comm, together
 from margeq.curvature.capture import (
     Use,
     backpropagate,
-    check_calls,
     eval_mode,
     forward,
-    record,
     require_batch_axis,
+    run_recorded,
 )
 from margeq.curvature.eigen import EigenBases, EigenSums, eigen_bases
+from margeq.curvature.explained import check_calls
 from margeq.curvature.factors import FactorSums, InputCovCache
 from margeq.curvature.forms import CurvatureSums
 from margeq.curvature.full import FullSums
@@ -298,9 +298,7 @@ class _Pass:
             self._unchecked = False
 
     def _recorded(self, inputs: Any) -> tuple[Tensor, list[Use]]:
-        with record(self._model, self._weights) as uses:
-            outputs = forward(self._model, inputs)
-        return outputs, uses
+        return run_recorded(self._model, self._weights, inputs)
 
     def _add_data(self, batch: Batch, keys: Tensor, outputs: Tensor, uses: Sequence[Use]) -> None:
         """Counts, fit term and input factors of one batch."""

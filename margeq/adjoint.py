@@ -23,6 +23,7 @@ from torch.autograd.graph import GradientEdge
 from margeq.accumulation import CurvatureState
 from margeq.batches import Batch, read_batches, refuse_padding
 from margeq.comm import ALONE, Comm, require_equal, together
+from margeq.curvature.bare import refuse_bare
 from margeq.curvature.capture import (
     Use,
     backpropagate,
@@ -108,6 +109,7 @@ def network_gradient(
             f"Kronecker factors of curvature='kfac'"
         )
     weights = weights_with_rules(model, parameters, options)
+    refuse_bare(model, weights)
     name = type(likelihood).__name__
     asked = options.flavour(name, parameters, likelihood.temperature)
     # the second phase takes the exact columns, whatever root the first one took

@@ -151,17 +151,19 @@ class EffectiveDimension:
         }
 
     def __str__(self) -> str:
-        """A fixed-width table, and a line per gate."""
+        """A table in columns as wide as the longest name, and a line per gate."""
+        wide = max([16, *(len(row.layer) for row in self.paths)])
+        narrow = max([8, *(len(row.path) for row in self.paths)])
         header = (
-            f"{'layer':<16} {'path':<8} {'parameters':>10} {'prior prec.':>11} {'effective':>10} "
-            f"{'eff./P':>7} {'relative':>8} {'function':>8}  verdict"
+            f"{'layer':<{wide}} {'path':<{narrow}} {'parameters':>10} {'prior prec.':>11} "
+            f"{'effective':>10} {'eff./P':>7} {'relative':>8} {'function':>8}  verdict"
         )
         lines = [header, "-" * len(header)]
         for r in self.paths:
             lines.append(
-                f"{r.layer:<16} {r.path:<8} {r.parameters:>10,} {r.prior_precision:>11.3g} "
-                f"{r.effective:>10.1f} {r.normalised:>7.1%} {r.relative:>8.1%} "
-                f"{r.function_share:>8.1%}  {r.verdict}"
+                f"{r.layer:<{wide}} {r.path:<{narrow}} {r.parameters:>10,} "
+                f"{r.prior_precision:>11.3g} {r.effective:>10.1f} {r.normalised:>7.1%} "
+                f"{r.relative:>8.1%} {r.function_share:>8.1%}  {r.verdict}"
             )
         return "\n".join([*lines, *self.subset_lines])
 

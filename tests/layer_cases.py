@@ -69,6 +69,13 @@ def batch_norm(kind: type[nn.Module], *size: int):
     return LayerCase(name, make, (4, 3, *size), shared=("weight",) if size else ())
 
 
+def tracked_instance_norm() -> nn.Module:
+    layer = nn.InstanceNorm2d(2, affine=True, track_running_stats=True).eval()
+    layer.running_mean.copy_(torch.tensor([-1.0, 2.0]))
+    layer.running_var.copy_(torch.tensor([0.5, 3.0]))
+    return layer
+
+
 def on_two_samples(num_features: int) -> nn.Module:
     return SampleBatchNorm(num_features, GroupSampler(Points([0.0, 1.0]), 2))
 
@@ -104,6 +111,48 @@ def equivariant(name: str, rep_in, rep_out, *channels: int, **options):
     make = partial(EquivariantLinear, rep_in, rep_out, *channels, **options)
     shared = ("weight",) if rep_out.dim > 1 else ()
     return LayerCase(f"EquivariantLinear-{name}", make, (3, channels[0], rep_in.dim), shared)
+
+
+def transposed(kind: type[nn.Module], name: str, *size: int, channels=(2, 3), **options):
+    make = partial(kind, *channels, 3, **options)
+    shape = (3, channels[0], *size)
+    return LayerCase(f"{kind.__name__}-{name}", make, shape, shared=("weight",))
+
+
+class Indices(nn.Module):
+    """Turns any numbers into indices from 0 to 4."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (2 * x.abs()).long().clamp(max=4)
+
+
+def embedding(name: str, *size: int, **options):
+    def make() -> nn.Module:
+        return nn.Sequential(Indices(), nn.Embedding(5, 2, **options))
+
+    shared = ("1.weight",) if size != (1,) else ()
+    return LayerCase(f"Embedding-{name}", make, (4, *size), shared, linear=False)
+
+
+class Attends(nn.Module):
+    """Attention of a sequence to itself."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True, **options)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention(x, x, x)[0]
+
+
+def attention(name: str, *shared: str, **options):
+    names = tuple(f"attention.{weight}" for weight in (*shared, "out_proj.weight"))
+    make = partial(Attends, **options)
+    return LayerCase(f"MultiheadAttention-{name}", make, (3, 3, 4), names, linear=False)
+
+
+def norm(name: str, make, *size: int, shared: bool = True):
+    return LayerCase(name, make, (4, *size), ("weight",) if shared else (), linear=False)
 
 
 LAYER_CASES = [
@@ -193,6 +242,26 @@ LAYER_CASES = [
     batch_norm(nn.BatchNorm2d, 3, 2),
     batch_norm(nn.BatchNorm3d, 2, 2, 3),
     batch_norm(on_two_samples, 2, 2, 3),
+    transposed(nn.ConvTranspose1d, "stride", 4, stride=2, padding=1, output_padding=1),
+    transposed(nn.ConvTranspose2d, "plain", 3, 2),
+    transposed(nn.ConvTranspose2d, "no-bias", 3, 3, stride=3, padding=2, bias=False),
+    transposed(nn.ConvTranspose2d, "groups", 2, 3, channels=(4, 6), groups=2, stride=2),
+    transposed(nn.ConvTranspose2d, "dilated", 3, 3, dilation=(2, 3), output_padding=(1, 2)),
+    transposed(nn.ConvTranspose3d, "stride", 2, 1, 2, stride=(1, 2, 2), padding=(1, 0, 1)),
+    embedding("one", 1),
+    embedding("several", 3),
+    embedding("padding", 2, padding_idx=1),
+    attention("packed", "in_proj_weight"),
+    attention("no-bias", "in_proj_weight", bias=False),
+    norm("LayerNorm", partial(nn.LayerNorm, 3), 3, shared=False),
+    norm("LayerNorm-positions", partial(nn.LayerNorm, 3), 2, 3),
+    norm("LayerNorm-two-axes", partial(nn.LayerNorm, (2, 3), bias=False), 2, 3, shared=False),
+    norm("RMSNorm", partial(nn.RMSNorm, 3, eps=0.1), 2, 3),
+    norm("GroupNorm", partial(nn.GroupNorm, 2, 4), 4, 3, 2),
+    norm("InstanceNorm1d", partial(nn.InstanceNorm1d, 2, affine=True), 2, 5),
+    norm("InstanceNorm2d", partial(nn.InstanceNorm2d, 2, affine=True), 2, 3, 2),
+    norm("InstanceNorm3d", partial(nn.InstanceNorm3d, 2, affine=True), 2, 2, 2, 2),
+    norm("InstanceNorm-tracked", tracked_instance_norm, 2, 3, 2),
     equivariant("set", standard(S(3)), standard(S(3)), 2, 3),
     equivariant("orbits", standard(S(3)) * standard(S(3)), 2 * standard(S(3)), 1, 2),
     equivariant("shifts", regular(C(4)), regular(C(4)), 2, 1, bias=False),

@@ -7,31 +7,32 @@ train/eval flag back, and in-place activations work on an alias of the hooked ou
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from margeq.curvature.bare import bare_weights, joined, per_datum_copies, rule_of_bare
 from margeq.curvature.copies import Calls
 from margeq.curvature.io import Rule, rule_for
 from margeq.curvature.sampling import tensors_of
-from margeq.errors import DataError, MissingRuleError, UnsupportedLayerError
+from margeq.errors import MissingRuleError, UnsupportedLayerError
 from margeq.parameters import owners
 
 __all__ = [
     "Cut",
     "Use",
     "backpropagate",
-    "check_calls",
-    "check_rules",
     "cut_off",
     "eval_mode",
     "forward",
     "record",
     "require_rules",
+    "run_recorded",
+    "used_differently",
 ]
 
 
@@ -120,14 +121,15 @@ def require_rules(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None
     Raises:
         MissingRuleError: naming the module, its type, the parameter and the ways out.
     """
+    bare = bare_weights(model, weights)
     for name, (layer, _) in owners(model).items():
-        if name in weights and rule_for(type(layer)) is None:
+        if name in weights and name not in bare and rule_for(type(layer)) is None:
             prefix = name.rpartition(".")[0] or "the model itself"
             raise MissingRuleError(
                 f"no curvature rule for parameter {name!r} of {prefix} "
                 f"({type(layer).__name__}). Ways out: freeze it (requires_grad_(False)); exclude "
-                f"it from the Laplace approximation (parameters=[...]); replace the module (for "
-                f"LayerNorm: elementwise_affine=False); or register a rule with "
+                f"it from the Laplace approximation (parameters=[...]); replace the module; or "
+                f"register a rule with "
                 f"margeq.register_kfac_rule({type(layer).__name__})"
             )
 
@@ -144,7 +146,7 @@ def record(
         The calls, in their order; the list fills while the model runs.
     """
     uses: list[Use] = []
-    handles, calls = [], Calls()
+    calls, recorders = Calls(), {}
     name_of = {id(parameter): name for name, parameter in weights.items()}
     for prefix, layer in model.named_modules():
         names = {
@@ -154,14 +156,68 @@ def record(
         }
         rule = rule_for(type(layer))
         if names and rule is not None:
-            hook = _Recorder(prefix, rule, names, uses, calls, keep_graph)
-            # first in line, so that hooks of the user see and may change the output after us
-            handles.append(layer.register_forward_hook(hook, prepend=True, with_kwargs=True))
-    try:
+            recorders[layer] = _Recorder(prefix, rule, names, uses, calls, keep_graph)
+    with ExitStack() as stack:
+        for layer, recorder in recorders.items():
+            if recorder.rule.listen is None:
+                # first in line, so that hooks of the user see and may change the output after us
+                handle = layer.register_forward_hook(recorder, prepend=True, with_kwargs=True)
+                stack.callback(handle.remove)
+        for rule in dict.fromkeys(rule_for(type(layer)) for layer in model.modules()):
+            if rule is not None and rule.listen is not None:
+                layers = [layer for layer in model.modules() if rule_for(type(layer)) is rule]
+                stack.enter_context(rule.listen(layers, _Listener(recorders)))
         yield uses
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def run_recorded(
+    model: nn.Module, weights: Mapping[str, nn.Parameter], inputs: Any
+) -> tuple[Tensor, list[Use]]:
+    """Outputs of a model in evaluation mode, and the calls behind them.
+
+    Weights that no module with a rule owns are calls of their own; see
+    :mod:`margeq.curvature.bare`.
+
+    Returns:
+        Both.
+
+    Raises:
+        UnsupportedLayerError: for a layer that does not map one tensor to one tensor, or a model
+            with bare parameters that ``torch.vmap`` cannot run.
+    """
+    with record(model, weights) as uses:
+        outputs = forward(model, inputs)
+    bare = bare_weights(model, weights)
+    if not bare:
+        return outputs, uses
+    n_data = len(tensors_of(inputs)[0])
+    copies = per_datum_copies({name: weights[name] for name in bare}, n_data)
+    if torch.is_grad_enabled():
+        outputs = joined(model, copies, inputs, outputs)
+    for name, (layer, local) in bare.items():
+        copy = copies[name]
+        rule = rule_of_bare(local, weights[name].numel())
+        x = copy.detach().new_zeros(n_data, 1)
+        edge = get_gradient_edge(copy)
+        prefix = name.rpartition(".")[0]
+        uses.append(Use(prefix, layer, rule, {local: name}, x, copy, edge, Cut(), object(), None))
+    return outputs, uses
+
+
+@dataclass(frozen=True)
+class _Listener:
+    """Notes maps of layers that call no modules."""
+
+    recorders: Mapping[nn.Module, _Recorder]
+
+    def __call__(
+        self, layer: nn.Module, names: Sequence[str], rule: Rule, x: Tensor, y: Tensor
+    ) -> Tensor:
+        recorder = self.recorders.get(layer)
+        if recorder is None:
+            return y
+        own = {local: name for local, name in recorder.names.items() if local in names}
+        return replace(recorder, rule=rule, names=own)(layer, (x,), {}, y) if own else y
 
 
 @dataclass(frozen=True)
@@ -211,6 +267,15 @@ class _Alias(torch.autograd.Function):
             ctx.cut.hold(grads[0])
             return None, None
         return grads[0], None
+
+
+def used_differently(name: str) -> UnsupportedLayerError:
+    """What to raise for a weight whose uses have no common form."""
+    return UnsupportedLayerError(
+        f"{name!r} is used by layers of different kinds (a tied embedding?), whose curvature does "
+        f"not add up; untie them, freeze the weight (requires_grad_(False)), or exclude it with "
+        f"parameters=[...]"
+    )
 
 
 def require_batch_axis(uses: Sequence[Use], n_data: int) -> None:
@@ -263,84 +328,3 @@ class _PlainStrides(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return grads[0].clone(memory_format=torch.contiguous_format)
-
-
-def check_rules(model: nn.Module, weights: Mapping[str, nn.Parameter], inputs: Any) -> None:
-    """Compare the gradient of each weight by its rule with autograd's, on one batch.
-
-    It catches what no rule can see: a weight used outside its module's ``forward``, a subclass
-    trick, an input changed in place.
-
-    Raises:
-        UnsupportedLayerError: naming the weight and the relative difference.
-    """
-    n_data = len(tensors_of(inputs)[0])
-    with eval_mode(model), torch.enable_grad(), record(model, weights) as uses:
-        outputs = forward(model, inputs)
-        _require_outputs(outputs, n_data)
-        require_batch_axis(uses, n_data)
-        check_calls(weights, outputs, uses)
-
-
-def check_calls(weights: Mapping[str, nn.Parameter], outputs: Tensor, uses: Sequence[Use]) -> None:
-    """As :func:`check_rules`, for calls that are recorded already; their graph is kept.
-
-    Raises:
-        UnsupportedLayerError: naming the weight and the relative difference.
-    """
-    # a fixed, sign-changing direction: no random state is touched
-    column = torch.linspace(-1.0, 1.3, outputs.numel(), device=outputs.device)
-    column = column.reshape(outputs.shape).to(outputs.dtype)
-    by_rule = _gradients_by_rule(weights, uses, backpropagate(outputs, uses, column))
-    by_autograd: dict[str, Tensor | None] = dict.fromkeys(weights)
-    if outputs.requires_grad:
-        found = torch.autograd.grad(
-            outputs, list(weights.values()), column, retain_graph=True, allow_unused=True
-        )
-        by_autograd = dict(zip(weights, found, strict=True))
-    for name, parameter in weights.items():
-        _compare(name, parameter, by_rule.get(name), by_autograd[name])
-
-
-def _require_outputs(outputs: Any, n_data: int) -> None:
-    if not isinstance(outputs, Tensor) or outputs.ndim == 0 or len(outputs) != n_data:
-        shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise DataError(f"the model returned {shape} for {n_data} data; expected [{n_data}, ...]")
-
-
-def _gradients_by_rule(
-    weights: Mapping[str, nn.Parameter], uses: Sequence[Use], grads: Sequence[Tensor | None]
-) -> dict[str, Tensor]:
-    total: dict[str, Tensor] = {}
-    for use, grad in zip(uses, grads, strict=True):
-        if grad is None:
-            continue
-        for local, io in use.rule.io(use.layer, use.x, grad[None]).items():
-            if local not in use.names:
-                continue
-            name = use.names[local]
-            gradient = torch.einsum("vntbo,ntbi->obi", io.output_grads, io.inputs.to(grad.dtype))
-            if io.layout == "boi":
-                gradient = gradient.transpose(0, 1)
-            gradient = gradient.reshape(weights[name].shape)
-            total[name] = total[name] + gradient if name in total else gradient
-    return total
-
-
-def _compare(
-    name: str, parameter: nn.Parameter, by_rule: Tensor | None, by_autograd: Tensor | None
-) -> None:
-    if by_autograd is None and by_rule is None:
-        return
-    rule = torch.zeros_like(parameter) if by_rule is None else by_rule
-    auto = torch.zeros_like(parameter) if by_autograd is None else by_autograd
-    scale = auto.double().norm()
-    difference = (rule.double() - auto.double()).norm()
-    tolerance = torch.finfo(parameter.dtype).eps ** 0.5
-    if difference > max(tolerance, 3e-3) * scale + 1e-12:
-        raise UnsupportedLayerError(
-            f"the curvature rule of {name!r} does not explain its gradient (relative difference "
-            f"{float(difference / scale.clamp_min(1e-300)):.2g}). Is the weight also used outside "
-            f"its module's forward, or its input changed in place? Freeze it, exclude it with "
-            f"parameters=[...], or register a rule for the module that really uses it"
-        )

@@ -27,7 +27,7 @@ from margeq.comm import ALONE, Comm
 from margeq.curvature.addition import require_same, require_same_kind
 from margeq.curvature.capture import Use
 from margeq.curvature.forms import BlockCurvature
-from margeq.curvature.io import Layout
+from margeq.curvature.io import Layout, stored
 from margeq.curvature.kron import BlockKron
 from margeq.curvature.per_datum import Call, CallReader, chunks, gradient
 from margeq.errors import ConfigError, NonFiniteError
@@ -115,12 +115,11 @@ class BlockEigen:
         for b in range(blocks):
             block = torch.diag(self.moments[b].flatten())
             if self.basis is not None:
-                u = torch.kron(self.basis[0][b], self.basis[1][b]).to(block.dtype)
+                grads = self.basis[0].expand(blocks, -1, -1)
+                u = torch.kron(grads[b], self.basis[1][b]).to(block.dtype)
                 block = u @ block @ u.mT
             dense[:, b, :, :, b, :] = block.reshape(out, inner, out, inner)
-        if self.layout == "boi":
-            dense = dense.permute(1, 0, 2, 4, 3, 5)
-        return dense.reshape(self.numel, self.numel)
+        return stored(dense, self.layout).reshape(self.numel, self.numel)
 
 
 def _same_basis(one: tuple[Tensor, Tensor] | None, other: tuple[Tensor, Tensor] | None) -> bool:
@@ -205,7 +204,7 @@ class EigenSums:
             weight, basis = self._weights[name], self._bases.get(name)
             shape = (weight.numel(), 1, 1)
             if basis is not None:
-                shape = (len(basis[0]), basis[0].shape[-1], basis[1].shape[-1])
+                shape = (len(basis[1]), basis[0].shape[-1], basis[1].shape[-1])
             dtype = accumulation_dtype(weight.device)
             return BlockEigen(torch.zeros(shape, dtype=dtype, device=weight.device), basis)
         return BlockEigen(moments, self._bases.get(name), self._calls.layouts[name])

@@ -10,7 +10,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from margeq.curvature.capture import Use
+from margeq.curvature.capture import Use, used_differently
 from margeq.curvature.copies import mixed_rows
 from margeq.curvature.forms import BlockCurvature
 from margeq.curvature.fourier import GroupCirculant
@@ -30,7 +30,7 @@ from margeq.linalg import accumulation_dtype, gram
 
 __all__ = ["FactorSums", "Factors", "InputCovCache"]
 
-_INPUT_FIELDS = ("input_cov", "n_shared", "layout", "resolution", "is_bias", "n_frames")
+_INPUT_FIELDS = ("input_cov", "n_shared", "layout", "resolution", "is_bias", "joint", "n_frames")
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Factors:
     layout: Layout = "obi"
     resolution: float = 0.0
     is_bias: bool = False
+    joint: bool = False
     n_frames: int = 1
     frame_weights: Tensor | None = None
     symmetry: GroupCirculant | None = None
@@ -52,6 +53,7 @@ class Factors:
         """Use the input sums of another pass over the same data."""
         self.input_cov, self.n_shared = other.input_cov, other.n_shared
         self.layout, self.is_bias, self.resolution = other.layout, other.is_bias, other.resolution
+        self.joint = other.joint
         self.n_frames, self.symmetry = other.n_frames, other.symmetry
 
     def input_state(self) -> dict[str, Any]:
@@ -74,7 +76,7 @@ class Factors:
     def describe(self, rows: InputRows, from_data: bool) -> None:
         """Note what the inputs of one call say about the weight."""
         self.layout, self.is_bias, self.n_frames = rows.layout, rows.is_bias, rows.n_frames
-        self.frame_weights = rows.frame_weights
+        self.frame_weights, self.joint = rows.frame_weights, rows.joint
         self.from_data = from_data and self.from_data is not False
 
     def add_inputs(
@@ -100,7 +102,7 @@ class Factors:
             # data that keep no column of the root: others do, and need the sums of all inputs
             blocks, inner, _ = self.input_cov.shape
             out = numel // (blocks * inner)
-            grad_cov = self.input_cov.new_zeros(blocks, out, out)
+            grad_cov = self.input_cov.new_zeros(1 if self.joint else blocks, out, out)
         return BlockKron(
             grad_cov, self.input_cov, n_shared, self.layout, self.resolution, self.symmetry
         )
@@ -162,7 +164,10 @@ class FactorSums:
         """Add the input covariances of one batch; arguments as for :meth:`input_terms`."""
         with torch.no_grad():
             for term in self.input_terms(uses, inputs, keys):
-                self._factors[term.name].add_inputs(term.gram(), term.n_shared, term.symmetry)
+                cov, seen = term.gram(), self._factors[term.name].input_cov
+                if seen is not None and seen.shape != cov.shape:
+                    raise used_differently(term.name)
+                self._factors[term.name].add_inputs(cov, term.n_shared, term.symmetry)
 
     def input_terms(self, uses: Sequence[Use], inputs: Any, keys: Tensor) -> list[InputTerm]:
         """The rows whose products one batch adds to the input covariances.

@@ -151,10 +151,8 @@ class FullSums:
         for name, part in zip(self._sizes, rows.split(list(self._sizes.values()), 1), strict=True):
             if name in calls:
                 found = gradient(calls[name], slice(None))
-                layout = self._calls.layouts[name]
-                # [n, b, o, i] in the order in which the parameter stores it
-                stored = found.transpose(1, 2) if layout == "obi" else found
-                part.copy_(stored.flatten(1))
+                in_order = torch.einsum(f"nboi->n{self._calls.layouts[name]}", found)
+                part.copy_(in_order.flatten(1))
         self._matrix.addmm_(rows.mT, rows)
 
     def finish(self, checksum: int) -> FullCurvature:

@@ -8,8 +8,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -19,16 +20,21 @@ from margeq.curvature.frames import Frames
 from margeq.errors import ConfigError
 
 __all__ = [
+    "Heard",
     "InputRows",
+    "Layout",
     "LinearIO",
     "Rule",
     "bias_rows",
     "register_kfac_rule",
     "register_split_rule",
     "rule_for",
+    "sampled_rows",
+    "stored",
 ]
 
-Layout = Literal["obi", "boi"]
+Layout = Literal["obi", "boi", "bio"]
+"""Order in which a parameter stores its axes; as subscripts of an einsum."""
 PositionSampler = Callable[[int], "Tensor | None"]
 
 
@@ -38,7 +44,8 @@ class LinearIO:
 
     Attributes:
         inputs: ``[n, t, b, i]``.
-        output_grads: gradients of the output with respect to ``y``, ``[v, n, t, b, o]``.
+        output_grads: gradients of the output with respect to ``y``, ``[v, n, t, b, o]``, or
+            ``[v, n, t, 1, o]`` if all blocks write the same output.
         layout: order of the axes in which the parameter itself is stored.
         is_bias: the inputs are constant ones, for which the block can be exact at no cost.
     """
@@ -65,6 +72,8 @@ class InputRows:
         frames: how the rows look in each frame, if they do not yet run over them.
         frame_weights: factors ``[h]`` of the layer's output in each frame, where they differ. Rows
             and output gradients both carry their root, so that products carry the factor.
+        joint: all blocks write the same output, so that output gradients ``[v, n, t, 1, o]`` and
+            their covariance are theirs together.
     """
 
     rows: Tensor
@@ -74,12 +83,23 @@ class InputRows:
     n_frames: int = 1
     frames: Frames | None = None
     frame_weights: Tensor | None = None
+    joint: bool = False
 
     def expanded(self) -> InputRows:
         """The same with rows that run over the frames."""
         if self.frames is None:
             return self
         return replace(self, rows=self.frames.apply(self.rows), frames=None)
+
+
+class Heard(Protocol):
+    """Receives the maps inside layers that call no modules."""
+
+    def __call__(
+        self, layer: nn.Module, names: Sequence[str], rule: Rule, x: Tensor, y: Tensor, /
+    ) -> Tensor:
+        """Note ``y``, computed from ``x`` by these parameters; gives what to go on with."""
+        ...
 
 
 class KfacRule(Protocol):
@@ -90,7 +110,7 @@ class KfacRule(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rule:
     """The two halves of a rule, which the accumulation needs at different times.
 
@@ -98,10 +118,17 @@ class Rule:
         inputs: ``(layer, x, sampler) -> {parameter: InputRows}``; ``sampler(t)`` gives the sampled
             positions (of a weight with frames: places) ``[n, m]`` or ``None`` for all of them.
         output_grads: ``(layer, x, grad_y) -> {parameter: [v, n, t, b, o]}``.
+        listen: for a layer whose maps are no modules: ``(layers, heard)`` opens a context in which
+            each of these maps is reported; see :class:`Heard`.
+        starts_at: parameters that a random start would destroy, such as those that scale what they
+            get: the value at which all their entries start for outputs of unit size, or ``None``
+            for the values that they have.
     """
 
     inputs: Callable[[Any, Tensor, PositionSampler], Mapping[str, InputRows]]
     output_grads: Callable[[Any, Tensor, Tensor], Mapping[str, Tensor]]
+    listen: Callable[[Sequence[nn.Module], Heard], AbstractContextManager[Any]] | None = None
+    starts_at: Mapping[str, float | None] = field(default_factory=dict)
 
     def io(self, layer: nn.Module, x: Tensor, grad_y: Tensor) -> dict[str, LinearIO]:
         """Both halves together, at all positions."""
@@ -164,6 +191,20 @@ def bias_rows(n_data: int, n_positions: int, n_blocks: int, like: Tensor) -> Inp
     return InputRows(ones.expand(n_data, n_positions, n_blocks, 1), n_positions, is_bias=True)
 
 
+def sampled_rows(rows: Tensor, sampler: PositionSampler) -> Tensor:
+    """Rows ``[n, t, ...]`` at the positions that a sampler chooses."""
+    positions = sampler(rows.shape[1])
+    if positions is None:
+        return rows
+    return rows[torch.arange(len(rows), device=rows.device)[:, None], positions]
+
+
+def stored(matrix: Tensor, layout: Layout) -> Tensor:
+    """A matrix ``[o, b, i, o, b, i]`` with both triples in the order of a parameter's storage."""
+    axes = ["obi".index(axis) for axis in layout]
+    return matrix.permute(*axes, *(3 + axis for axis in axes))
+
+
 def _require_module_type(layer_type: object) -> None:
     if not (isinstance(layer_type, type) and issubclass(layer_type, nn.Module)):
         raise ConfigError(f"a curvature rule belongs to an nn.Module class, not to {layer_type!r}")
@@ -190,9 +231,5 @@ def _split(rule: KfacRule) -> Rule:
 
 
 def _subsample(io: LinearIO, sampler: PositionSampler) -> InputRows:
-    n_positions = io.inputs.shape[1]
-    positions = None if io.is_bias else sampler(n_positions)
-    rows = io.inputs
-    if positions is not None:
-        rows = rows[torch.arange(len(rows), device=rows.device)[:, None], positions]
-    return InputRows(rows, n_positions, io.layout, io.is_bias)
+    rows = io.inputs if io.is_bias else sampled_rows(io.inputs, sampler)
+    return InputRows(rows, io.inputs.shape[1], io.layout, io.is_bias)

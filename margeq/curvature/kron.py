@@ -9,7 +9,7 @@ from torch import Tensor
 
 from margeq.curvature.addition import require_same, require_same_kind
 from margeq.curvature.fourier import GroupCirculant
-from margeq.curvature.io import Layout
+from margeq.curvature.io import Layout, stored
 from margeq.linalg import psd_eigenvalues
 
 __all__ = ["BlockKron"]
@@ -20,7 +20,8 @@ class BlockKron:
     """``H_b = grad_cov[b] (x) input_cov[b] / n_shared``, both factors plain sums over data.
 
     Attributes:
-        grad_cov: ``[b, o, o]``, summed over data, root columns and shared positions.
+        grad_cov: ``[b, o, o]``, summed over data, root columns and shared positions; ``[1, o, o]``
+            for blocks that write one output together.
         input_cov: ``[b, i, i]``, summed over data and shared positions (reduce: of means).
         n_shared: sum over data of the number of shared positions (reduce: number of data).
         layout: order in which the parameter stores the axes o, b, i.
@@ -76,8 +77,8 @@ class BlockKron:
     @property
     def numel(self) -> int:
         """Number of parameters that the block covers."""
-        blocks, out, _ = self.grad_cov.shape
-        return blocks * out * self.input_cov.shape[-1]
+        blocks, inner, _ = self.input_cov.shape
+        return blocks * self.grad_cov.shape[-1] * inner
 
     def log_eigenvalues(self, name: str = "weight") -> tuple[Tensor, int]:
         """Logarithms of the eigenvalues ``[o, b, i]`` (``-inf`` for zero) and the clamped count."""
@@ -106,16 +107,14 @@ class BlockKron:
 
     def to_dense(self) -> Tensor:
         """``[P, P]``, row-major in the parameter's own layout."""
-        blocks, out, _ = self.grad_cov.shape
-        inner = self.input_cov.shape[-1]
+        blocks, inner, _ = self.input_cov.shape
+        out, grad_cov = self.grad_cov.shape[-1], self.grad_cov.expand(blocks, -1, -1)
         dense = self.grad_cov.new_zeros(out, blocks, inner, out, blocks, inner)
         scale = 1.0 / self.n_shared.clamp_min(1.0)
         for b in range(blocks):
-            block = torch.einsum("op,ij->oipj", self.grad_cov[b], self.input_cov[b])
+            block = torch.einsum("op,ij->oipj", grad_cov[b], self.input_cov[b])
             dense[:, b, :, :, b, :] = block * scale
-        if self.layout == "boi":
-            dense = dense.permute(1, 0, 2, 4, 3, 5)
-        return dense.reshape(self.numel, self.numel)
+        return stored(dense, self.layout).reshape(self.numel, self.numel)
 
 
 def _safe_log(values: Tensor) -> Tensor:

@@ -1,7 +1,11 @@
 """Layers, each with its curvature rule; importing this package registers all rules."""
 
+from margeq.layers import attention as _attention  # registers the rules of nn.MultiheadAttention
 from margeq.layers import convolution as _convolution  # registers the rules of nn.Conv1d/2d/3d
+from margeq.layers import datum_norm as _datum_norm  # Layer-, RMS-, Group- and InstanceNorm
+from margeq.layers import embedding as _embedding  # nn.Embedding
 from margeq.layers import normalisation as _normalisation  # those of nn.BatchNorm1d/2d/3d
+from margeq.layers import transposed as _transposed  # nn.ConvTranspose1d/2d/3d
 from margeq.layers.dense import Linear2d
 from margeq.layers.equivariant import EquivariantLinear
 from margeq.layers.expansion import expand_to, to_conv2d
@@ -80,8 +84,12 @@ __all__ = [
     "SparseGroupConv2d",
     "SplitGroup",
     "SubgroupConv2d",
+    "_attention",
     "_convolution",
+    "_datum_norm",
+    "_embedding",
     "_normalisation",
+    "_transposed",
     "check_sizes",
     "expand_to",
     "monotone_penalty",

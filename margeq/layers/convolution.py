@@ -19,9 +19,10 @@ from margeq.curvature.io import (
 )
 from margeq.layers.window import Window
 
-__all__ = ["Conv", "conv_inputs", "conv_output_grads", "patch_rows"]
+__all__ = ["Conv", "ConvTranspose", "conv_inputs", "conv_output_grads", "patch_rows", "patch_view"]
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
 def conv_inputs(layer: Conv, x: Tensor, sampler: PositionSampler) -> dict[str, InputRows]:
@@ -37,7 +38,7 @@ def conv_inputs(layer: Conv, x: Tensor, sampler: PositionSampler) -> dict[str, I
 def patch_rows(layer: Conv | Window, x: Tensor, sampler: PositionSampler) -> tuple[Tensor, int]:
     """Patches ``[n, m, groups, C / groups * k^d]`` at sampled positions, and how many there are."""
     padded = _padded(layer, x)
-    patches, out_shape = _patches(layer, padded)
+    patches, out_shape = patch_view(layer, padded)
     n_positions = out_shape.numel()
     positions = sampler(n_positions)
     if positions is not None:
@@ -64,7 +65,7 @@ def _padded(layer: Conv | Window, x: Tensor) -> Tensor:
     return padded.contiguous()  # padding keeps channels_last, whose strides _rows_at cannot use
 
 
-def _patches(layer: Conv | Window, x: Tensor) -> tuple[Tensor, torch.Size]:
+def patch_view(layer: Conv | ConvTranspose | Window, x: Tensor) -> tuple[Tensor, torch.Size]:
     """A view ``[n, b, c, *kernel, *out]`` of all patches, without a copy."""
     n, channels, *extents = x.shape
     batch_stride, channel_stride, *strides = x.stride()
@@ -105,7 +106,7 @@ class _DifferentiableRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, padded: Tensor, layer: Conv | Window) -> Tensor:
         ctx.shape, ctx.layer = padded.shape, layer
-        return _all_rows(_patches(layer, padded)[0])
+        return _all_rows(patch_view(layer, padded)[0])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:

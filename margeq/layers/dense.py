@@ -14,10 +14,11 @@ from margeq.curvature.io import (
     Rule,
     bias_rows,
     register_split_rule,
+    sampled_rows,
 )
 from margeq.layers.maps import MapLayer, Shape, default_init
 
-__all__ = ["Linear2d"]
+__all__ = ["LINEAR", "Linear2d"]
 
 
 class Linear2d(MapLayer):
@@ -91,11 +92,7 @@ def _with_bias(
     layer: nn.Linear | Linear2d, rows: Tensor, sampler: PositionSampler
 ) -> dict[str, InputRows]:
     n_data, n_positions = rows.shape[:2]
-    found = {}
-    positions = sampler(n_positions)
-    if positions is not None:
-        rows = rows[torch.arange(n_data, device=rows.device)[:, None], positions]
-    found["weight"] = InputRows(rows, n_positions)
+    found = {"weight": InputRows(sampled_rows(rows, sampler), n_positions)}
     if layer.bias is not None:
         found["bias"] = bias_rows(n_data, n_positions, 1, rows)
     return found
@@ -111,5 +108,6 @@ def _linear2d_grads(layer: Linear2d, x: Tensor, grad_y: Tensor) -> Mapping[str, 
     return {"weight": grads, "bias": grads}
 
 
-register_split_rule(nn.Linear, rule=Rule(_linear_inputs, _linear_grads))
+LINEAR = Rule(_linear_inputs, _linear_grads)
+register_split_rule(nn.Linear, rule=LINEAR)
 register_split_rule(Linear2d, rule=Rule(_linear2d_inputs, _linear2d_grads))

@@ -14,6 +14,7 @@ from margeq.curvature.io import (
     Rule,
     bias_rows,
     register_split_rule,
+    sampled_rows,
 )
 from margeq.errors import ConfigError
 from margeq.groups.intertwiners import intertwiners, invariants
@@ -152,13 +153,9 @@ def _inputs(
     layer: EquivariantLinear, x: Tensor, sampler: PositionSampler
 ) -> Mapping[str, InputRows]:
     rows = torch.einsum("brs,nis->nrib", layer.basis, layer.vectors(x)).flatten(2)[:, :, None]
-    n_data, n_positions = rows.shape[:2]
-    positions = sampler(n_positions)
-    if positions is not None:
-        rows = rows[torch.arange(n_data, device=rows.device)[:, None], positions]
-    found = {"weight": InputRows(rows, n_positions)}
+    found = {"weight": InputRows(sampled_rows(rows, sampler), rows.shape[1])}
     if layer.bias is not None:
-        found["bias"] = bias_rows(n_data, 1, 1, rows)
+        found["bias"] = bias_rows(len(x), 1, 1, rows)
     return found
 
 

@@ -7,10 +7,6 @@ Shared positions are the positions of a map, every channel's weight is a block o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-
-import torch
 from torch import Tensor, nn
 
 from margeq.curvature.io import (
@@ -19,32 +15,19 @@ from margeq.curvature.io import (
     Rule,
     bias_rows,
     register_split_rule,
+    sampled_rows,
 )
 from margeq.errors import UnsupportedLayerError
 
-__all__ = ["BatchNorm", "ScaleRule"]
+__all__ = ["BatchNorm"]
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
-
-
-@dataclass(frozen=True)
-class ScaleRule(Rule):
-    """A rule of weights that scale what they get, so that a random start would destroy it.
-
-    Attributes:
-        starts_at: parameter -> value at which all its entries start, for outputs of unit size.
-    """
-
-    starts_at: Mapping[str, float] = field(default_factory=dict)
 
 
 def _inputs(layer: BatchNorm, x: Tensor, sampler: PositionSampler) -> dict[str, InputRows]:
     rows = _normalised(layer, x).flatten(2).permute(0, 2, 1)[..., None]
     n_data, n_positions = rows.shape[:2]
-    positions = sampler(n_positions)
-    if positions is not None:
-        rows = rows[torch.arange(n_data, device=rows.device)[:, None], positions]
-    found = {"weight": InputRows(rows, n_positions, "boi")}
+    found = {"weight": InputRows(sampled_rows(rows, sampler), n_positions, "boi")}
     if layer.bias is not None:
         # one block for all channels, as for a convolution: exact
         found["bias"] = bias_rows(n_data, n_positions, 1, x)
@@ -80,5 +63,5 @@ register_split_rule(
     nn.BatchNorm1d,
     nn.BatchNorm2d,
     nn.BatchNorm3d,
-    rule=ScaleRule(_inputs, _output_grads, {"weight": 1.0}),
+    rule=Rule(_inputs, _output_grads, starts_at={"weight": 1.0}),
 )

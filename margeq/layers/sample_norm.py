@@ -21,7 +21,6 @@ from margeq.curvature.io import (
     register_split_rule,
     rule_for,
 )
-from margeq.layers.normalisation import ScaleRule
 from margeq.layers.sample_pool import require_samples
 from margeq.layers.samples import GroupSampler
 
@@ -126,4 +125,4 @@ def _output_grads(layer: SampleBatchNorm, x: Tensor, grad_y: Tensor) -> Mapping[
     return _PLAIN.output_grads(layer, x, layer.sampler.counted(grad_y, 3))
 
 
-register_split_rule(SampleBatchNorm, rule=ScaleRule(_inputs, _output_grads, {"weight": 1.0}))
+register_split_rule(SampleBatchNorm, rule=Rule(_inputs, _output_grads, starts_at={"weight": 1.0}))

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from margeq.adjoint import network_gradient
-from margeq.curvature.capture import Use, backpropagate, check_rules, eval_mode
+from margeq.curvature.capture import Use, backpropagate, eval_mode
 from margeq.curvature.exact import ggn
+from margeq.curvature.explained import check_rules
 from margeq.curvature.io import InputRows, LinearIO
 from margeq.curvature.kron import BlockKron
 from margeq.curvature.options import KfacOptions
@@ -117,8 +118,8 @@ def _per_sample_by_rule(uses: list[Use], grads: list[Tensor | None]) -> dict[str
         columns = torch.stack([torch.zeros_like(grad), grad])
         for local, io in use.rule.io(use.layer, use.x, columns).items():
             if local in use.names:
-                own = "nobi" if io.layout == "obi" else "nboi"
-                gradient = torch.einsum(f"vntbo,ntbi->v{own}", io.output_grads, io.inputs)[1]
+                product = f"vntbo,ntbi->vn{io.layout}"
+                gradient = torch.einsum(product, io.output_grads, io.inputs)[1]
                 name = use.names[local]
                 total[name] = total[name] + gradient if name in total else gradient
     return total

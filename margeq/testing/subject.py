@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from margeq.accumulation import CurvatureState, accumulate
-from margeq.curvature.capture import Use, eval_mode, record
+from margeq.curvature.capture import Use, eval_mode, run_recorded
 from margeq.errors import MargeqError
 from margeq.parameters import named_weights
 
@@ -96,9 +96,8 @@ class Subject:
 
     def uses(self, x: Tensor) -> tuple[Tensor, list[Use]]:
         """One recorded forward of the layer alone."""
-        with eval_mode(self.layer), record(self.layer, named_weights(self.layer)) as uses:
-            y = self.layer(x)
-        return y, uses
+        with eval_mode(self.layer):
+            return run_recorded(self.layer, named_weights(self.layer), x)
 
     def with_head(self) -> WithHead:
         """A classifier on the layer."""

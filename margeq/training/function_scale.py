@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from margeq.curvature.capture import Use, eval_mode, forward, record
+from margeq.curvature.capture import Use, eval_mode, run_recorded
 from margeq.curvature.io import InputRows
 from margeq.parameters import matches
 from margeq.paths import Shapes, path_prefixes, path_sums
@@ -41,7 +41,7 @@ class FunctionScale:
         modules: tensors of the map that writes each module's output, weight and bias together.
         shapes: shape ``[c, ...]`` of one datum's input and output of each module with weights.
         starts_at: tensors that start at a constant instead of random values, and their constants
-            at unit precision.
+            at unit precision, or ``None`` for those that start at their own values.
     """
 
     precision: dict[str, float]
@@ -49,7 +49,7 @@ class FunctionScale:
     path_outputs: dict[str, dict[str, tuple[str, ...]]]
     modules: tuple[tuple[str, ...], ...]
     shapes: Shapes
-    starts_at: dict[str, float] = field(default_factory=dict)
+    starts_at: dict[str, float | None] = field(default_factory=dict)
 
 
 def function_scale(
@@ -62,18 +62,18 @@ def function_scale(
     Returns:
         Precisions, which tensors are biases, and which write the output of a path.
     """
-    with eval_mode(model), torch.enable_grad(), record(model, weights) as uses:
-        outputs = forward(model, inputs)
+    with eval_mode(model), torch.enable_grad():
+        outputs, uses = run_recorded(model, weights, inputs)
         inputs_of = [use.rule.inputs(use.layer, use.x[:1], lambda _: None) for use in uses]
     rectified = _before_rectifier(outputs, uses)
     path_outputs, path_scales = _path_outputs(model, uses)
     precision = dict.fromkeys(weights, 1.0)
     is_bias = dict.fromkeys(weights, False)
-    starts_at: dict[str, float] = {}
+    starts_at: dict[str, float | None] = {}
     for position, (use, rows) in enumerate(zip(uses, inputs_of, strict=True)):
-        constants = getattr(use.rule, "starts_at", {})
+        constants = use.rule.starts_at
         for local, name in use.names.items():
-            is_bias[name] = rows[local].is_bias
+            is_bias[name] = rows[local].is_bias and local not in constants
             first = local in getattr(use.layer, "first_factors", ())
             gain = 2.0 if position in rectified and not first else 1.0
             if local in constants:

@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 from margeq.accumulation import InputCovCache, weights_with_rules
 from margeq.adjoint import Revisit
 from margeq.batches import Batch, read_batches
-from margeq.curvature.capture import check_rules, eval_mode, forward
+from margeq.curvature.bare import refuse_bare
+from margeq.curvature.capture import eval_mode, forward
+from margeq.curvature.explained import check_rules
 from margeq.curvature.options import KfacOptions
 from margeq.curvature.sampling import tensors_of
 from margeq.errors import ConfigError, DataError, DataWarning
@@ -106,6 +108,8 @@ def first_look(
     _refuse_augmentation(train_loader, marglik_loader)
     require_finite(hyperparameters)
     weights = weights_with_rules(model, parameters, options)
+    if hyperparameters and schedule.hyper_solver != "fixed":
+        refuse_bare(model, weights)
     device = next(model.parameters()).device
     first, n_data = _read_once(model, read_batches(train_loader, device, batch_fn), likelihood)
     _warn_unseen(train_loader, n_data)

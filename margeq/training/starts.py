@@ -188,14 +188,16 @@ def _draw(
 ) -> None:
     """``N(0, 1 / delta_0)`` per tensor, seeded by its name: a path alone equals its own model.
 
-    Biases start at zero, weights that only scale at their constant.
+    Biases start at zero, weights that only scale at their constant, bare ones where they are.
     """
     for name, weight in weights.items():
         if scale.is_bias[name]:
             weight.zero_()
             continue
         if name in scale.starts_at:
-            weight.fill_(scale.starts_at[name] / math.sqrt(precision[name]))
+            constant = scale.starts_at[name]
+            if constant is not None:
+                weight.fill_(constant / math.sqrt(precision[name]))
             continue
         generator = torch.Generator().manual_seed(crc32(f"{seed}:{name}".encode()))
         draw = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
