@@ -10,6 +10,7 @@ from margeq.accumulation import CurvatureState, accumulate_with
 from margeq.batches import read_batches
 from margeq.errors import DataWarning, DeterminismWarning
 from margeq.function_share import function_variances, shares
+from margeq.halving import Halving
 from margeq.likelihoods import Likelihood
 from margeq.training.problem import Problem
 
@@ -28,6 +29,7 @@ class Passes:
     def __init__(self, problem: Problem) -> None:
         self._p = problem
         self._checksum: int | None = None
+        self._halving = Halving()
 
     def curvature(self, epoch: int, likelihood: Likelihood) -> CurvatureState:
         """Curvature sums after an epoch, with a warning if they are about other data."""
@@ -40,6 +42,7 @@ class Passes:
             parameters=p.parameters,
             batch_fn=p.batch_fn,
             cache=p.cache,
+            halving=self._halving,
         )
         if self._checksum not in (None, state.checksum):
             warnings.warn(
@@ -61,7 +64,7 @@ class Passes:
     def shares(self) -> dict[str, dict[str, float]]:
         """Layer -> path -> share of function variance, on the first data."""
         p = self._p
-        batches = read_batches(p.marglik_loader, p.device, p.batch_fn)
+        batches = self._halving.split(read_batches(p.marglik_loader, p.device, p.batch_fn))
         return shares(function_variances(p.model, batches, _SHARE_DATA))
 
     def state_dict(self) -> dict[str, Any]:
