@@ -21,27 +21,27 @@ __all__ = ["Halving"]
 
 _Result = TypeVar("_Result")
 
-_MOST_PARTS = 4
+_MOST_HALVINGS = 2
 _SIGNS = ("out of memory", "can't allocate memory", "alloc_failed")
 """What allocators and libraries of CPUs and GPUs say, in small letters."""
 
 
 class Halving:
-    """Cuts batches in as many parts as fit into memory, and remembers how many that were."""
+    """Cuts batches to a size that fits into memory, and remembers which one that was."""
 
     def __init__(self) -> None:
-        self._parts, self._largest = 1, 0
+        self._limit: int | None = None
+        self._largest, self._halvings = 0, 0
 
     def split(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The same data, each batch in the present number of parts."""
+        """The same data in batches of the present size at most."""
         for batch in batches:
             self._largest = max(self._largest, len(batch))
-            size = self._size_of(len(batch))
-            if size == len(batch):
+            if self._limit is None or len(batch) <= self._limit:
                 yield batch
                 continue
-            for start in range(0, len(batch), size):
-                yield _rows(batch, slice(start, start + size))
+            for start in range(0, len(batch), self._limit):
+                yield _rows(batch, slice(start, start + self._limit))
 
     def attempt(self, run: Callable[[], _Result]) -> _Result:
         """Run a pass, again from its beginning with smaller batches if memory runs out.
@@ -55,7 +55,7 @@ class Halving:
         Raises:
             CurvatureError: if a quarter of the batches does not fit either, or single data.
         """
-        before = self._parts
+        before = self._halvings
         while True:
             try:
                 result = run()
@@ -64,30 +64,28 @@ class Halving:
             else:
                 break
             # only here, with the frames of the failed pass, its tensors are gone
-        if self._parts > before:
+        if self._halvings > before:
             warnings.warn(
                 f"a batch of {self._largest} data did not fit into memory; the pass was made in "
-                f"batches of at most {self._size_of(self._largest)} instead, with the same sums. "
-                f"Give marglik_loader batches of that size to save the attempts",
+                f"batches of at most {self._limit} instead, with the same sums. Give "
+                f"marglik_loader batches of that size to save the attempts",
                 NumericalWarning,
                 stacklevel=2,
             )
         return result
 
-    def _size_of(self, n_data: int) -> int:
-        return -(-n_data // self._parts)
-
     def _halve_after(self, error: BaseException) -> None:
         if not _is_out_of_memory(error):
             raise error
-        tried = self._size_of(self._largest)
-        if self._parts >= _MOST_PARTS or tried <= 1:
+        tried = self._largest if self._limit is None else self._limit
+        if self._halvings == _MOST_HALVINGS or tried <= 1:
             raise CurvatureError(
-                f"a pass over the data ran out of memory with batches of {self._largest} data, and "
-                f"again with batches of {tried} ({str(error)[:200]}); give marglik_loader a "
-                f"batch_size below {max(tried, 2)}, or use hessian_root='mc'"
+                f"a pass over the data ran out of memory with batches of {self._largest} data, "
+                f"halved {self._halvings} times to {tried} ({str(error)[:200]}); give "
+                f"marglik_loader a batch_size below {max(tried, 2)}, or use hessian_root='mc'"
             ) from error
-        self._parts *= 2
+        self._limit = -(-tried // 2)
+        self._halvings += 1
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
