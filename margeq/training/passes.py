@@ -35,6 +35,9 @@ class Passes:
     def curvature(self, epoch: int, likelihood: Likelihood) -> CurvatureState:
         """Curvature sums after an epoch, with a warning if they are about other data.
 
+        Returns:
+            Sums over the data of the evidence.
+
         Raises:
             DataError: if the number of data is another one than before.
         """
