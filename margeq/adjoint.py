@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 
 from margeq.accumulation import CurvatureState
 from margeq.batches import Batch, read_batches, refuse_padding
@@ -39,11 +38,12 @@ from margeq.curvature.roots import Root, SketchedRoot
 from margeq.curvature.sampling import reseeded, sample_keys
 from margeq.curvature.selection import weights_with_rules
 from margeq.errors import ConfigError, DataError
+from margeq.halving import Halving
 from margeq.laplace import log_marginal_likelihood
 from margeq.likelihoods import Likelihood
-from margeq.linalg import project
 from margeq.parameters import log_hyperprior, requiring_grad, unwrapped
 from margeq.priors import GaussianPrior
+from margeq.pull import Pull
 from margeq.revisit import ALL_DATA, CountedLoader, Revisit, n_batches
 
 __all__ = ["Revisit", "network_gradient"]
@@ -123,8 +123,11 @@ def network_gradient(
             model, weights, likelihood, options, revisit,
             _cotangents(state, prior, likelihood), hyperparameters, _pinned(model, stack),
         )  # fmt: skip
+        halving = Halving()
         with together(comm):
-            n_data, period = _visit(visitor, loader, revisit, device, batch_fn, comm)
+            n_data, period = halving.attempt(
+                lambda: _visit(visitor, loader, revisit, device, batch_fn, comm, halving)
+            )
         n_data, sampling = visitor.reduce(comm, n_data, period > 1)
         if not sampling and n_data != state.n_data:
             raise DataError(f"the loader yielded {n_data} data, {state.n_data} before")
@@ -155,11 +158,14 @@ def _visit(
     device: torch.device,
     batch_fn: Callable[[Any], tuple[Any, Any]] | None,
     comm: Comm,
+    halving: Halving,
 ) -> tuple[int, int]:
     """Visit this rank's data; returns their number and the period of the visits."""
     refuse_padding(loader)
+    visitor.begin()
     period, counted = revisit.period(loader), CountedLoader(loader)
-    for batch in read_batches(counted, device, batch_fn, least=1 if comm.size == 1 else 0):
+    batches = read_batches(counted, device, batch_fn, least=1 if comm.size == 1 else 0)
+    for batch in halving.split(batches):
         if batch.index % period == revisit.seed % period:
             visitor.add(batch)
     if period > 1:
@@ -227,6 +233,10 @@ class _Visitor:
         self._options, self._revisit, self._cotangents = options, revisit, cotangents
         self._names, self._pinned = list(hyperparameters), pinned
         self._leaves = [*hyperparameters.values(), *(leaf for _, leaf in pinned)]
+        self.begin()
+
+    def begin(self) -> None:
+        """Start from zero."""
         self._totals = [torch.zeros_like(leaf) for leaf in self._leaves]
         self.n_data = 0
 
@@ -242,7 +252,7 @@ class _Visitor:
             outputs = forward(self._model, batch.inputs)
         targets = self._likelihood.check_targets(outputs, batch.targets)
         sums = FactorSums(self._weights, self._options)
-        pull = _Pull()
+        pull = Pull()
         pull.add(self._likelihood.fit(outputs, targets), self._cotangents.fit)
         for term in sums.input_terms(uses, batch.inputs, reseeded(keys, self._options.seed)):
             if term.name in self._cotangents.input_cov:
@@ -272,7 +282,7 @@ class _Visitor:
         """
         column.requires_grad_(True)
         grads = backpropagate(outputs, uses, column.reshape(outputs.shape), create_graph=True)
-        pull = _Pull()
+        pull = Pull()
         for name, rows in sums.grad_terms(uses, grads):
             if name in self._cotangents.grad_cov:
                 pull.add_gram(rows, self._cotangents.grad_cov[name])
@@ -286,7 +296,7 @@ class _Visitor:
             return SketchedRoot(root, reseeded(keys, self._revisit.seed), 1)
         return root
 
-    def _pull(self, pull: _Pull, *further: Tensor) -> Tensor | None:
+    def _pull(self, pull: Pull, *further: Tensor) -> Tensor | None:
         """Add the gradient in all leaves; return that in one further tensor."""
         if not pull.outputs:
             return None
@@ -314,35 +324,11 @@ class _Visitor:
 
     def add_what_is_not_data(self) -> None:
         """The penalty of the hyperparameters, and the ways that end at pinned leaves; once."""
-        pull = _Pull()
+        pull = Pull()
         pull.add(log_hyperprior(self._model), torch.ones(()))
         self._pull(pull)  # first, as it can end at pinned leaves too
         totals = self._totals[len(self._names) :]
         for (value, _), total in zip(reversed(self._pinned), reversed(totals), strict=True):
-            pull = _Pull()
+            pull = Pull()
             pull.add(value, total.clone())
             self._pull(pull)
-
-
-class _Pull:
-    """Tensors of one graph, and the derivative of the evidence in each of them."""
-
-    def __init__(self) -> None:
-        self.outputs: list[Any] = []  # tensors, and edges of the graph
-        self.cotangents: list[Tensor] = []
-
-    def add(self, output: Tensor, cotangent: Tensor) -> None:
-        """Note one tensor, unless no leaf is behind it."""
-        if output.requires_grad:
-            self.outputs.append(output)
-            self.cotangents.append(cotangent.to(output).reshape(output.shape))
-
-    def add_edge(self, edge: GradientEdge, cotangent: Tensor) -> None:
-        """The same for a place in the graph."""
-        self.outputs.append(edge)
-        self.cotangents.append(cotangent)
-
-    def add_gram(self, rows: Tensor, cotangent: Tensor, scale: float = 1.0) -> None:
-        """The same for ``scale * gram(rows)``: its derivative is ``2 * scale * rows @ G``."""
-        if rows.requires_grad:
-            self.add(rows, project(rows.detach(), 2.0 * scale * cotangent.to(rows)))

@@ -20,7 +20,7 @@ from margeq.comm import require_one_process
 from margeq.curvature.options import KfacOptions
 from margeq.errors import ConfigError
 from margeq.likelihoods import Likelihood, as_likelihood
-from margeq.parameters import named_weights, requiring_grad
+from margeq.parameters import named_weights, require_one_device, requiring_grad
 from margeq.priors import GaussianPrior
 from margeq.training.conclusion import conclude
 from margeq.training.guards import (
@@ -238,6 +238,7 @@ def _check_model(model: nn.Module) -> None:
         raise ConfigError(f"model is a {type(model).__name__}, not a torch.nn.Module")
     if torch.is_inference_mode_enabled():
         raise ConfigError("training needs gradients; leave torch.inference_mode() first")
+    require_one_device(model)
     named_weights(model)  # refuses lazy modules and shared storage before anything is copied
 
 

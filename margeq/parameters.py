@@ -16,6 +16,7 @@ __all__ = [
     "named_hyperparameters",
     "named_weights",
     "owners",
+    "require_one_device",
     "requiring_grad",
     "unwrapped",
 ]
@@ -140,6 +141,29 @@ def named_weights(
                 f"the model has {', '.join(trainable) or 'none'}"
             )
     return {name: p for name, p in trainable.items() if matches(name, parameters)}
+
+
+def require_one_device(model: nn.Module) -> None:
+    """Refuse a model whose parameters and buffers are not in one place, or have no values.
+
+    Raises:
+        ConfigError: naming two tensors and their devices.
+    """
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    by_device: dict[torch.device, str] = {}
+    for name, tensor in tensors:
+        by_device.setdefault(tensor.device, name)
+    places = [f"{name!r} on {device}" for device, name in by_device.items()]
+    if len(places) > 1:
+        raise ConfigError(
+            f"the model is spread over {len(places)} devices ({', '.join(places)}); put all of it "
+            f"on one of them with model.to(...)"
+        )
+    if torch.device("meta") in by_device:
+        raise ConfigError(
+            f"the model has {places[0]}, where tensors have no values; give it some with "
+            f"model.to_empty(device='cpu') and load_state_dict"
+        )
 
 
 def owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:

@@ -32,10 +32,13 @@ LAYOUT = [
     [
         "accumulation",
         "adjoint",
+        "pull",
         "reduction",
         "revisit",
         "state",
         "closed_form",
+        "data_pass",
+        "halving",
         "laplace",
         "effective_dim",
         "function_share",

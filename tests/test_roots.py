@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from margeq import accumulation
+from margeq import data_pass
 from margeq.curvature.packing import ColumnPlan, kept_columns, like_groups, regrouped
 from margeq.curvature.roots import (
     GaussianRoot,
@@ -245,7 +245,7 @@ def test_packing_gives_the_factors_of_masking(monkeypatch, size):
     batches = list(zip(x.split(size), y.split(size), strict=True))
     options = {"hessian_root": "adaptive", "captured_trace": 0.95}
     packed = accumulate(model, batches, **options)
-    monkeypatch.setattr(accumulation, "regrouped", lambda pairs: (x for x, _ in pairs))
+    monkeypatch.setattr(data_pass, "regrouped", lambda pairs: (x for x, _ in pairs))
     assert worst_difference(accumulate(model, batches, **options), packed) <= 1e-12
 
 

@@ -19,6 +19,7 @@ from margeq.curvature.bare import bare_weights, joined, per_datum_copies, rule_o
 from margeq.curvature.copies import Calls
 from margeq.curvature.io import Rule, rule_for
 from margeq.curvature.sampling import tensors_of
+from margeq.curvature.uncompiled import uncompiled
 from margeq.errors import MissingRuleError, UnsupportedLayerError
 from margeq.parameters import owners
 
@@ -96,11 +97,12 @@ def cut_off(uses: Sequence[Use]) -> Iterator[None]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, with each sub-module's own flag restored afterwards."""
+    """Evaluation mode, uncompiled, with each sub-module's own flag restored afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with uncompiled():
+            yield
     finally:
         for module, training in flags:
             module.training = training

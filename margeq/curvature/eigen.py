@@ -193,6 +193,10 @@ class EigenSums:
             else:
                 self._moments[name] = squares.to(accumulation_dtype(squares.device), copy=True)
 
+    def forget_gradients(self) -> None:
+        """Begin anew."""
+        self._moments = {}
+
     def finish(self, checksum: int) -> BlockCurvature:
         """The second moments of every weight."""
         return BlockCurvature({name: self._block(name) for name in self._weights})

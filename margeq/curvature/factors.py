@@ -255,6 +255,11 @@ class FactorSums:
                 sums[key] = sums[key] + values if key in sums else values
         return [(name, values) for (name, _), values in sums.items()]
 
+    def forget_gradients(self) -> None:
+        """Begin anew with the gradient covariances."""
+        for factors in self._factors.values():
+            factors.grad_cov = None
+
     def finish(self, checksum: int) -> BlockCurvature:
         """The curvature of every weight; fills the cache."""
         self._cache.fill(checksum, self._factors)

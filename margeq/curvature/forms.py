@@ -41,6 +41,10 @@ class CurvatureSums(Protocol):
         """Add what one column of the root contributes."""
         ...
 
+    def forget_gradients(self) -> None:
+        """Begin anew with what columns contribute; inputs stay."""
+        ...
+
     def finish(self, checksum: int) -> Curvature:
         """The sums, for data of this checksum."""
         ...

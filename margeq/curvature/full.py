@@ -155,6 +155,10 @@ class FullSums:
                 part.copy_(in_order.flatten(1))
         self._matrix.addmm_(rows.mT, rows)
 
+    def forget_gradients(self) -> None:
+        """Begin anew."""
+        self._matrix.zero_()
+
     def finish(self, checksum: int) -> FullCurvature:
         """The matrix."""
         return FullCurvature(self._matrix, self._sizes)

@@ -10,7 +10,7 @@ from margeq.curvature.capture import require_rules
 from margeq.curvature.full import require_small
 from margeq.curvature.options import KfacOptions
 from margeq.errors import ConfigError
-from margeq.parameters import named_weights, unwrapped
+from margeq.parameters import named_weights, require_one_device, unwrapped
 
 __all__ = ["weights_with_rules"]
 
@@ -24,9 +24,10 @@ def weights_with_rules(
         As :func:`margeq.named_weights`.
 
     Raises:
-        ConfigError: for a model without weights, or names that it does not have.
+        ConfigError: for a model without weights, on several devices, or without these names.
     """
     model = unwrapped(model)
+    require_one_device(model)
     weights = named_weights(model, parameters)
     if not weights:
         raise ConfigError("the model has no trainable weight to learn a prior for")
