@@ -29,12 +29,14 @@ from margeq.training.guards import (
     random_devices,
     transaction,
 )
+from margeq.training.interruption import listening
 from margeq.training.network import NetworkStepsOptions, collect_hyperparameters
 from margeq.training.problem import Schedule, first_look
 from margeq.training.randomness import Randomness
 from margeq.training.restarts import Restarts
 from margeq.training.result import MargLikResult
 from margeq.training.run_directory import as_checkpoints, open_directory
+from margeq.training.saving import Saving
 from margeq.training.settings import described
 from margeq.training.starts import resolve_starts
 
@@ -202,6 +204,7 @@ def optimize_marglik(
     loaders = (train_loader, marglik_loader)
     rewind, randomness = Rewind(model, loaders, inside.values()), Randomness(model, loaders)
     with ExitStack() as stack:
+        interruption = stack.enter_context(listening(checkpoints and Path(checkpoints.directory)))
         stack.enter_context(transaction(rewind))
         # no gradient of the training loss can reach them
         stack.enter_context(requiring_grad(inside.values(), False))
@@ -222,11 +225,13 @@ def optimize_marglik(
         if bar is not None:
             stack.enter_context(bar)
         problem = first_look(
-            model, train_loader, marglik_loader, batch_fn, likelihood_object, prior,
-            prior_prec_init, parameters, options, schedule, run_seed, inside,
+            model, train_loader, marglik_loader, interruption.watched(batch_fn),
+            likelihood_object, prior, prior_prec_init, parameters, options, schedule, run_seed,
+            inside,
         )  # fmt: skip
-        writer = directory.writer(problem)
-        runs = Restarts(problem, starts, origin, randomness, emit, settings, writer)
+        saving = Saving(directory.writer(problem), interruption, directory.next_number)
+        runs = Restarts(problem, starts, origin, randomness, emit, settings, saving)
+        interruption.restore_best = runs.restore_best
         directory.resume(runs, problem, randomness)
         result = conclude(problem, runs.run())
         emit(Event("result", {"log_marginal_likelihood": result.log_marginal_likelihood}))
