@@ -85,7 +85,8 @@ def optimize_marglik(
     Alternates MAP steps on the weights (proximal in the optimizer's metric) with evidence steps
     on the hyperparameters (ELLA section 4, Immer et al. 2021). The kept weights are those of the
     highest evidence over all restarts and updates. On any failure model, optimizer arguments and
-    random state are as before.
+    random state are as before. Ctrl-C ends the call after the step in progress, with the best state
+    so far in the model; a second one aborts it.
 
     Args:
         model: any module whose trainable tensors have curvature rules; trained in place. With
@@ -137,8 +138,8 @@ def optimize_marglik(
         deterministic: use PyTorch's deterministic algorithms meanwhile.
         checkpoint_dir: directory of this one run, or :class:`margeq.checkpoint.Checkpoints`: its
             state is written there as often as 2 % of the time allow, without pickle. A process
-            that was killed is resumed by the same call: with the same torch, threads and data it
-            ends in the very same state, bit for bit.
+            that was stopped or killed is resumed by the same call: with the same torch, threads
+            and data it ends in the very same state, bit for bit.
         resume: go on from the newest valid checkpoint in ``checkpoint_dir``, if there is one; that
             of a finished run gives its result again. ``False`` removes the checkpoints there and
             starts anew.
@@ -156,6 +157,9 @@ def optimize_marglik(
         CurvatureError: if every restart failed numerically.
         CheckpointError: if ``checkpoint_dir`` is in use, cannot be written to (three times in a
             row), holds a run with other arguments, or nothing that can be trusted.
+        KeyboardInterrupt: after SIGINT, when the state is saved in ``checkpoint_dir``, if given.
+        SystemExit: likewise after SIGTERM and SIGUSR1, with code 143; only with
+            ``checkpoint_dir``, and only in the main thread where no other handler is set.
 
     Reference:
         van der Ouderaa, Immer & van der Wilk 2023.

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 import margeq
 from margeq import cli, terminal
@@ -25,7 +26,7 @@ from margeq.config import DemoConfig
 from margeq.demo import Listener, run_demo
 from margeq.errors import CheckpointWarning
 from margeq.training.interruption import listening
-from tests.resume_cases import CASES, digest, train
+from tests.resume_cases import CASES, digest, pictures, train
 from tests.test_positions import Foreign, batches, loader_of, small
 
 ROOT = Path(__file__).parent.parent
@@ -315,6 +316,39 @@ def test_an_error_after_a_signal_is_its_context():
     with pytest.raises(KeyboardInterrupt) as caught:
         small(batches(), callbacks=[fails])
     assert "exited unexpectedly" in str(caught.value.__cause__)
+
+
+@ignores_convergence
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_step_before_workers_died_is_saved(workers, tmp_path):
+    """Ctrl-C reaches them too; of a loader without workers an error says nothing about its data."""
+    breaks = []
+
+    class Mortal(DataLoader):
+        def __iter__(self):
+            for number, batch in enumerate(super().__iter__()):
+                if breaks and number == 3:
+                    signal.raise_signal(signal.SIGINT)
+                    raise RuntimeError("DataLoader worker exited unexpectedly")
+                yield batch
+
+    def loader():
+        return Mortal(TensorDataset(*pictures()), 8, shuffle=True, num_workers=workers)
+
+    torch.manual_seed(5)
+    expected = digest(small(loader()))
+    torch.manual_seed(5)
+
+    def watch(event):
+        if event.kind == "epoch":
+            breaks.append(event)
+
+    message = stopped(small, signal.SIGINT, loader(), tmp_path, callbacks=[watch])
+    assert ("not saved here" in message) == (workers == 0)
+    position = CheckpointStore(tmp_path).load_latest().state["position"]
+    assert (position and position["batches"]) == (3 if workers else None)
+    breaks.clear()
+    assert digest(small(loader(), tmp_path)) == expected
 
 
 @ignores_convergence

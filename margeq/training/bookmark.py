@@ -53,10 +53,11 @@ class Bookmark:
         """The batches that are left of the pass, or those of a new one."""
         if self._now is not None:
             now, self._now = self._now, None
-            return _Rest(self._loader, self._randomness, self._began or now, self._skipped, now)
+            rest = _Rest(self._loader, self._randomness, self._began or now, self._skipped, now)
+            return _Guarded(rest, self._look_again)
         if self.is_possible and not self._by_itself:
             self._began = self._randomness.state_dict()
-        return self._loader
+        return _Guarded(self._loader, self._look_again)
 
     def note(self, batches: int, seen: int, total: Tensor) -> None:
         """Note the place after a step.
@@ -69,6 +70,16 @@ class Bookmark:
         self._inside = True
         self.batches, self.seen, self._total = batches, seen, total
         if self._after_step is not None:
+            self._after_step()
+
+    def _look_again(self) -> None:
+        """A signal to a whole group of processes can end the workers of a loader first."""
+        # without workers the batch that failed may have drawn random numbers
+        if (
+            self._inside
+            and self._after_step is not None
+            and getattr(self._loader, "num_workers", 0)
+        ):
             self._after_step()
 
     def close(self) -> None:
@@ -135,3 +146,23 @@ class _Rest:
         deque(islice(iterator, self._skip), maxlen=0)
         self._randomness.load_numbers(self._now)
         return iterator
+
+
+class _Guarded:
+    """Batches of a loader; if it fails, somebody may know why.
+
+    Args:
+        loader: of a pass, or what is left of one.
+        explain: called with an error, which it may replace.
+    """
+
+    def __init__(self, loader: Iterable[Any], explain: Callable[[], None]) -> None:
+        self._loader, self._explain = loader, explain
+
+    def __iter__(self) -> Iterator[Any]:
+        iterator = iter(self._loader)
+        try:
+            yield from iterator
+        except Exception:
+            self._explain()
+            raise
