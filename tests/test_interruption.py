@@ -134,9 +134,9 @@ def test_a_run_that_was_stopped_anywhere_goes_on_bit_for_bit(case, which, place,
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_signal_at_many_batches_is_gone_on_with_bit_for_bit(case, tmp_path):
-    """Some 30 batches of each case, with all signals in turn, and one of every part of a call."""
+    """12 batches of each case, with all signals in turn, and one of every part of a call."""
     total, found = len(places(case)), [part for part, *_ in places(case)]
-    chosen = random.Random(0).sample(range(1, total + 1), 30)
+    chosen = random.Random(0).sample(range(1, total + 1), 12)
     chosen += [total - found[::-1].index(part) for part in set(found)]
     for turn, number in enumerate(chosen):
         check_place(case, number, SIGNALS[turn % len(SIGNALS)], tmp_path / str(number))
