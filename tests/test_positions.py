@@ -147,16 +147,24 @@ def own():
 
 
 class PassState:
-    """Shuffles by a random state of its own, which describes the passes to come."""
+    """Shuffles by a random state of its own, which describes the passes to come.
+
+    In the middle of a pass it is not to be asked.
+    """
+
+    inside = False
 
     def __init__(self):
         self.rng, self.data = np.random.default_rng(int(torch.randint(99, ()))), pictures()
 
     def __iter__(self):
+        self.inside = True
         for rows in np.array_split(self.rng.permutation(40), 5):
             yield self.data[0][rows], self.data[1][rows]
+        self.inside = False
 
     def state_dict(self):
+        assert not self.inside
         state = self.rng.bit_generator.state
         return {**state, "state": {k: str(v) for k, v in state["state"].items()}}
 

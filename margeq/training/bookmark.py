@@ -115,7 +115,7 @@ class Bookmark:
         if position is not None:
             self.batches, self.seen = int(position["batches"]), int(position["seen"])
             self._total, self._began = position["total"], position["began"]
-            self._now, self._inside = state["random"], True
+            self._now = state["random"]
 
 
 class _Rest:
