@@ -95,8 +95,11 @@ def read_batches(
     batch_fn: BatchFunction | None = None,
     *,
     least: int = 1,
+    first: int = 0,
 ) -> Iterator[Batch]:
     """Yield checked batches on ``device``, of ``least`` data together; a rank may have none.
+
+    They are counted from ``first``.
 
     Raises:
         DataError: for too few data, a batch that is no ``(inputs, targets)`` pair, inputs and
@@ -104,7 +107,7 @@ def read_batches(
     """
     n_data = 0
     try:
-        raw_batches = enumerate(loader)
+        raw_batches = enumerate(loader, first)
     except TypeError as error:
         raise DataError(f"the loader, a {type(loader).__name__}, is not iterable") from error
     for index, raw in raw_batches:

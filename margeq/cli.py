@@ -1,7 +1,7 @@
 """The command line: ``margeq demo``.
 
 Exit codes: 0 done, 2 configuration, 3 data, 4 model, 5 numerics, 6 checkpoint, 1 any other failure,
-130 interrupted, 141 nobody reads the output any more.
+130 interrupted, 143 terminated, 141 nobody reads the output any more.
 Nothing here imports torch before a command really runs.
 """
 
@@ -64,8 +64,10 @@ def _run(arguments: list[str]) -> int:
         from margeq.terminal import show_demo
 
         show_demo(config)
-    except KeyboardInterrupt:
-        return _fail("interrupted", _INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        return _fail(str(stop) or "interrupted", _INTERRUPTED)
+    except SystemExit as stop:  # 143, when a signal asked for it and the state was saved
+        return int(stop.code or 0)
     except MargeqError as error:
         if config.debug:
             raise

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from margeq import __version__
 from margeq.callbacks import Callback, Event, JsonlCallback, to_json
+from margeq.checkpoint import CheckpointStore, run_lock
 from margeq.config import DemoConfig
 from margeq.data import ImageTask, place_digits
 from margeq.errors import ConfigError
@@ -32,6 +33,7 @@ __all__ = ["Answer", "Listener", "run_demo"]
 
 Question = Literal["digit", "corner"]
 _CLASSES = {"digit": 10, "corner": 4}
+_CONV_ONLY = "corner-conv-only"
 _BATCH, _CURVATURE_BATCH = 128, 512
 
 
@@ -68,25 +70,49 @@ class Listener:
         """Called after each question."""
 
 
-def run_demo(config: DemoConfig, directory: Path, listener: Listener) -> dict[str, Any]:
+def run_demo(
+    config: DemoConfig, directory: Path, listener: Listener, resume: bool = False
+) -> dict[str, Any]:
     """Answer both questions and write ``result.json``, ``events.jsonl`` and figures.
+
+    The configuration is written to ``config.json`` first, and the state of the training to
+    ``checkpoints``: with both an interrupted demonstration can be gone on with.
 
     Args:
         config: resolved configuration.
         directory: run directory; created if needed.
         listener: face to report to.
+        resume: go on from the checkpoints in the directory instead of removing them; the
+            configuration has to be that of ``config.json``.
 
     Returns:
         The content of ``result.json``.
 
     Raises:
         ConfigError: if the directory or a file in it cannot be written.
+        CheckpointError: for checkpoints that are in use, cannot be written, or cannot be trusted.
+        KeyboardInterrupt: saying how to go on.
     """
+    try:
+        return _answer_all(config, directory, listener, resume)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(
+            f"interrupted; 'margeq resume {directory}' goes on from there"
+        ) from stop
+
+
+def _answer_all(
+    config: DemoConfig, directory: Path, listener: Listener, resume: bool
+) -> dict[str, Any]:
     with _writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         # of an earlier run in the same place; also shows before the work that writing is possible
         (directory / "result.json").unlink(missing_ok=True)
-        (directory / "events.jsonl").write_text("", encoding="utf-8")
+        (directory / "config.json").write_text(to_json(asdict(config), indent=1) + "\n", "utf-8")
+        with (directory / "events.jsonl").open("a" if resume else "w", encoding="utf-8"):
+            pass
+    if not resume:
+        _remove_checkpoints(directory)
     summary: dict[str, Any] = {
         "config": asdict(config),
         "versions": {
@@ -106,6 +132,19 @@ def run_demo(config: DemoConfig, directory: Path, listener: Listener) -> dict[st
         text = to_json(summary, indent=1)
         (directory / "result.json").write_text(text + "\n", encoding="utf-8")
     return summary
+
+
+def _checkpoints(directory: Path, name: str) -> Path:
+    return directory / "checkpoints" / name
+
+
+def _remove_checkpoints(directory: Path) -> None:
+    """Those of questions that are not asked again too: they are about another run."""
+    for name in (*_CLASSES, _CONV_ONLY):
+        where = _checkpoints(directory, name)
+        if where.is_dir():
+            with run_lock(where):
+                CheckpointStore(where).clear()
 
 
 @contextmanager
@@ -134,11 +173,13 @@ def _answer(question: Question, config: DemoConfig, directory: Path, listener: L
     network = digit_network(_CLASSES[question])
     callbacks = [_log(directory, question), *listener.callbacks(question)]
     restarts = "auto" if config.restarts == "auto" else config.restarts.split(",")
-    result = _train(network, task, config, restarts, callbacks)
+    where = _checkpoints(directory, question)
+    result = _train(network, task, config, restarts, callbacks, where)
     conv_only = None
     if question == "corner":
         plain = digit_network(_CLASSES[question], paths=("conv",))
-        alone = _train(plain, task, config, "symmetric", listener.callbacks("corner, CONV only"))
+        face, where = listener.callbacks("corner, CONV only"), _checkpoints(directory, _CONV_ONLY)
+        alone = _train(plain, task, config, "symmetric", face, where)
         conv_only = (_accuracy(plain, task), alone.log_marginal_likelihood / alone.n_data)
     with _writing(directory):
         figures = save_figures(result, directory, f"{question}-")
@@ -152,6 +193,7 @@ def _train(
     config: DemoConfig,
     restarts: str | list[str],
     callbacks: list[Callback],
+    checkpoint_dir: Path,
 ) -> MargLikResult:
     data = TensorDataset(task.train_images, task.train_labels)
     loader = DataLoader(data, _BATCH, shuffle=True)
@@ -169,6 +211,7 @@ def _train(
         seed=config.seed,
         callbacks=callbacks,
         progress="none",
+        checkpoint_dir=checkpoint_dir,
     )
 
 

@@ -29,12 +29,14 @@ from margeq.training.guards import (
     random_devices,
     transaction,
 )
+from margeq.training.interruption import listening
 from margeq.training.network import NetworkStepsOptions, collect_hyperparameters
 from margeq.training.problem import Schedule, first_look
 from margeq.training.randomness import Randomness
 from margeq.training.restarts import Restarts
 from margeq.training.result import MargLikResult
 from margeq.training.run_directory import as_checkpoints, open_directory
+from margeq.training.saving import Saving
 from margeq.training.settings import described
 from margeq.training.starts import resolve_starts
 
@@ -83,7 +85,8 @@ def optimize_marglik(
     Alternates MAP steps on the weights (proximal in the optimizer's metric) with evidence steps
     on the hyperparameters (ELLA section 4, Immer et al. 2021). The kept weights are those of the
     highest evidence over all restarts and updates. On any failure model, optimizer arguments and
-    random state are as before.
+    random state are as before. Ctrl-C ends the call after the step in progress, with the best state
+    so far in the model; a second one aborts it.
 
     Args:
         model: any module whose trainable tensors have curvature rules; trained in place. With
@@ -135,8 +138,8 @@ def optimize_marglik(
         deterministic: use PyTorch's deterministic algorithms meanwhile.
         checkpoint_dir: directory of this one run, or :class:`margeq.checkpoint.Checkpoints`: its
             state is written there as often as 2 % of the time allow, without pickle. A process
-            that was killed is resumed by the same call: with the same torch, threads and data it
-            ends in the very same state, bit for bit.
+            that was stopped or killed is resumed by the same call: with the same torch, threads
+            and data it ends in the very same state, bit for bit.
         resume: go on from the newest valid checkpoint in ``checkpoint_dir``, if there is one; that
             of a finished run gives its result again. ``False`` removes the checkpoints there and
             starts anew.
@@ -154,6 +157,9 @@ def optimize_marglik(
         CurvatureError: if every restart failed numerically.
         CheckpointError: if ``checkpoint_dir`` is in use, cannot be written to (three times in a
             row), holds a run with other arguments, or nothing that can be trusted.
+        KeyboardInterrupt: after SIGINT, when the state is saved in ``checkpoint_dir``, if given.
+        SystemExit: likewise after SIGTERM and SIGUSR1, with code 143; only with
+            ``checkpoint_dir``, and only in the main thread where no other handler is set.
 
     Reference:
         van der Ouderaa, Immer & van der Wilk 2023.
@@ -202,6 +208,7 @@ def optimize_marglik(
     loaders = (train_loader, marglik_loader)
     rewind, randomness = Rewind(model, loaders, inside.values()), Randomness(model, loaders)
     with ExitStack() as stack:
+        interruption = stack.enter_context(listening(checkpoints and Path(checkpoints.directory)))
         stack.enter_context(transaction(rewind))
         # no gradient of the training loss can reach them
         stack.enter_context(requiring_grad(inside.values(), False))
@@ -222,11 +229,13 @@ def optimize_marglik(
         if bar is not None:
             stack.enter_context(bar)
         problem = first_look(
-            model, train_loader, marglik_loader, batch_fn, likelihood_object, prior,
-            prior_prec_init, parameters, options, schedule, run_seed, inside,
+            model, train_loader, marglik_loader, interruption.watched(batch_fn),
+            likelihood_object, prior, prior_prec_init, parameters, options, schedule, run_seed,
+            inside,
         )  # fmt: skip
-        writer = directory.writer(problem)
-        runs = Restarts(problem, starts, origin, randomness, emit, settings, writer)
+        saving = Saving(directory.writer(problem), interruption, directory.next_number)
+        runs = Restarts(problem, starts, origin, randomness, emit, settings, saving)
+        interruption.restore_best = runs.restore_best
         directory.resume(runs, problem, randomness)
         result = conclude(problem, runs.run())
         emit(Event("result", {"log_marginal_likelihood": result.log_marginal_likelihood}))

@@ -143,11 +143,13 @@ def samples():
 CASES = {case.__name__: case for case in (paths, lengthscales, noise, groups, augmented, samples)}
 
 
-def train(case, directory=None, *, built=0, callbacks=(), overhead=ALWAYS, **overrides):
+def train(case, directory=None, *, built=0, callbacks=(), overhead=ALWAYS, gap=600.0, **overrides):
     """One call of a case, whose model is built from a seed."""
     torch.manual_seed(built)
     model, loader, options = CASES[case]()
-    where = None if directory is None else Checkpoints(directory, max_overhead=overhead)
+    where = None
+    if directory is not None:
+        where = Checkpoints(directory, max_overhead=overhead, longest_gap=gap)
     given = {
         "n_epochs": 8, "n_epochs_burnin": 2, "marglik_frequency": 1, "seed": 0,
         "progress": "none", "checkpoint_dir": where, "callbacks": callbacks,

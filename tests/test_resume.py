@@ -197,7 +197,7 @@ def test_a_finished_run_is_returned_without_its_last_checkpoint(tmp_path, monkey
 # -- killed processes ----------------------------------------------------------------------------
 
 
-def killed_until_done(case, directory, rng, longest):
+def killed_until_done(case, directory, rng, longest, **options):
     """Fork, kill after a random time, and again; returns the digest and the number of kills."""
     kills, answer = 0, directory.with_suffix(".digest")
     while True:
@@ -207,7 +207,8 @@ def killed_until_done(case, directory, rng, longest):
         if not child:
             code = 1
             try:
-                answer.write_text(digest(train(case, directory, built=built, overhead=0.3)))
+                result = train(case, directory, built=built, **{"overhead": 0.3, **options})
+                answer.write_text(digest(result))
                 code = 0
             finally:
                 os._exit(code)
@@ -257,6 +258,21 @@ def test_after_two_hundred_kills_all_runs_end_alike(tmp_path):
         longest = 0.25 * seconds(case)
         found, more = killed_until_done(case, tmp_path / str(runs), rng, longest)
         assert found == uninterrupted(case), case
+        kills, runs = kills + more, runs + 1
+
+
+@needs_fork
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.parametrize("case", CASES)
+def test_processes_killed_inside_epochs_end_alike(case, tmp_path):
+    """A checkpoint after every step, and at least 8 kills of each case."""
+    rng, kills, runs = random.Random(case), 0, 0
+    longest = 0.5 * seconds(case)
+    while kills < 8:
+        where, always = tmp_path / str(runs), {"overhead": float("inf"), "gap": 0.0}
+        found, more = killed_until_done(case, where, rng, longest, **always)
+        assert found == uninterrupted(case)
         kills, runs = kills + more, runs + 1
 
 

@@ -26,20 +26,25 @@ class Checkpoints:
         max_overhead: share of the running time that writing may take; a checkpoint is left out
             until enough time has passed since the one before. ``float("inf")`` leaves none out.
         keep: how many of the newest are kept, besides the best by evidence.
+        longest_gap: seconds after which a checkpoint is written also inside an epoch.
+            ``float("inf")``: only between epochs.
 
     Raises:
-        ConfigError: for a share that is not positive, or ``keep`` below 1.
+        ConfigError: for a share that is not positive, ``keep`` below 1, or a negative gap.
     """
 
     directory: str | Path
     max_overhead: float = 0.02
     keep: int = 2
+    longest_gap: float = 600.0
 
     def __post_init__(self) -> None:
         if not (isinstance(self.max_overhead, (int, float)) and self.max_overhead > 0):
             raise ConfigError(f"max_overhead={self.max_overhead!r} must be a positive number")
         if type(self.keep) is not int or self.keep < 1:
             raise ConfigError(f"keep={self.keep!r} must be an integer of at least 1")
+        if not (isinstance(self.longest_gap, (int, float)) and self.longest_gap >= 0):
+            raise ConfigError(f"longest_gap={self.longest_gap!r} must be a number of seconds")
 
 
 class CheckpointWriter:
@@ -49,12 +54,18 @@ class CheckpointWriter:
         store: where to.
         max_overhead: as in :class:`Checkpoints`.
         environment: plain values to note in every manifest.
+        longest_gap: as in :class:`Checkpoints`.
     """
 
     def __init__(
-        self, store: CheckpointStore, max_overhead: float, environment: Mapping[str, Any]
+        self,
+        store: CheckpointStore,
+        max_overhead: float,
+        environment: Mapping[str, Any],
+        longest_gap: float = float("inf"),
     ) -> None:
-        self._store, self._max_overhead = store, max_overhead
+        self._store, self._max_overhead, self._longest_gap = store, max_overhead, longest_gap
+        self._began = time.perf_counter()
         self._environment = dict(environment)
         self._failures = 0
         self._pause, self._ended = 0.0, -float("inf")
@@ -63,15 +74,23 @@ class CheckpointWriter:
         """Whether another checkpoint stays within the share of time."""
         return time.perf_counter() - self._ended >= self._pause
 
+    def is_overdue(self) -> bool:
+        """Whether, besides, the last one, or the beginning, is longer ago than the longest gap."""
+        since = time.perf_counter() - max(self._began, self._ended)
+        return since >= self._longest_gap and since >= self._pause
+
     def write(
         self, step: int, capture: Callable[[], Mapping[str, Any]], score: float | None = None
-    ) -> None:
+    ) -> bool:
         """Capture the state and write it.
 
         Args:
             step: number of the checkpoint.
             capture: gives the state.
             score: by which the best one is kept.
+
+        Returns:
+            Whether it was written.
 
         Raises:
             CheckpointError: for a state that cannot be stored, or after the third failure in a row.
@@ -80,9 +99,11 @@ class CheckpointWriter:
         try:
             self._store.save(step, capture(), score=score, environment=self._environment)
             self._failures = 0
+            return True
         except OSError as error:
             self._failures += 1
             self._report(step, error)
+            return False
         finally:
             self._ended = time.perf_counter()
             self._pause = (self._ended - began) / self._max_overhead

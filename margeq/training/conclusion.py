@@ -6,8 +6,6 @@ import math
 import warnings
 from collections.abc import Sequence
 
-import torch
-
 from margeq.batches import read_batches
 from margeq.errors import ConvergenceWarning
 from margeq.function_share import function_variances
@@ -35,10 +33,7 @@ def conclude(problem: Problem, outcomes: Sequence[Outcome]) -> MargLikResult:
     if kept.spectrum is None:
         assert kept.error is not None
         raise kept.error
-    problem.model.load_state_dict(kept.model_state)
-    with torch.no_grad():
-        for name, tensor in problem.hyperparameters.items():
-            tensor.copy_(kept.hyperparameters[name])
+    kept.restore(problem)
     for parameter in problem.model.parameters():
         parameter.grad = None
     batches = read_batches(problem.marglik_loader, problem.device, problem.batch_fn)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from margeq.batches import Batch, read_batches
@@ -14,6 +13,7 @@ from margeq.curvature.capture import forward
 from margeq.errors import ConfigError, DataError, NonFiniteError
 from margeq.layers import redraw
 from margeq.likelihoods import Likelihood
+from margeq.training.bookmark import Bookmark
 from margeq.training.normalisation import HeldNorms
 from margeq.training.problem import Problem
 from margeq.training.proximal import ProximalSteps
@@ -29,15 +29,22 @@ class MapEpoch:
         steps: of the weights.
         norms: held after every step.
         scheduler: of the learning rate, if any.
+        bookmark: where the pass over the training data stands.
     """
 
     def __init__(
-        self, problem: Problem, steps: ProximalSteps, norms: HeldNorms, scheduler: Any
+        self,
+        problem: Problem,
+        steps: ProximalSteps,
+        norms: HeldNorms,
+        scheduler: Any,
+        bookmark: Bookmark,
     ) -> None:
         self._p, self._steps, self._norms, self._scheduler = problem, steps, norms, scheduler
+        self._bookmark = bookmark
 
     def run(self, epoch: int, likelihood: Likelihood, precisions: Mapping[str, float]) -> float:
-        """One pass over the training data.
+        """One pass over the training data, or what is left of one.
 
         Args:
             epoch: its number, for messages.
@@ -55,10 +62,16 @@ class MapEpoch:
         model = self._p.model
         if not model.training:
             model.train()
-        total, seen = torch.zeros((), device=self._p.device), 0
-        for batch in read_batches(self._p.train_loader, self._p.device, self._p.batch_fn):
+        mark, device = self._bookmark, self._p.device
+        total, seen, done = mark.total(device), mark.seen, mark.batches
+        batches = read_batches(
+            mark.rest(), device, self._p.batch_fn, least=0 if done else 1, first=done
+        )
+        for batch in batches:
             loss = self._step(batch, likelihood, precisions)
             total, seen = total + loss * len(batch), seen + len(batch)
+            mark.note(batch.index + 1, seen, total)
+        mark.close()
         self._check(epoch, total, seen)
         return float(total) / seen
 

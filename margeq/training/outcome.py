@@ -7,6 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from margeq.errors import CurvatureError, NonFiniteError, NotPSDError
@@ -50,6 +51,13 @@ class Outcome:
     hyperparameters: dict[str, Tensor]
     held_norms: tuple[tuple[str, ...], ...]
     error: Exception | None = None
+
+    def restore(self, problem: Problem) -> None:
+        """Put weights and hyperparameters into the model."""
+        problem.model.load_state_dict(self.model_state)
+        with torch.no_grad():
+            for name, tensor in problem.hyperparameters.items():
+                tensor.copy_(self.hyperparameters[name])
 
     def without_tensors(self) -> Outcome:
         """What the report needs of a run that was not kept."""

@@ -42,6 +42,11 @@ class Randomness:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors."""
+        loaders = [loader.state_dict() for loader in self._with_state()]
+        return {**self.numbers(), "loaders": loaders}
+
+    def numbers(self) -> dict[str, Any]:
+        """Without the states of loaders, which may mean nothing in the middle of a pass."""
         numpy = np.random.get_state(legacy=False)
         assert isinstance(numpy, dict)
         return {
@@ -50,11 +55,16 @@ class Randomness:
             "python": random.getstate(),
             "numpy": {**numpy, "state": _plain(numpy["state"])},
             "generators": [g.get_state() for g in generators_of(self._loaders)],
-            "loaders": [loader.state_dict() for loader in self._with_state()],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Draw the same numbers again from here on."""
+        self.load_numbers(state)
+        for loader, value in zip(self._with_state(), state["loaders"], strict=True):
+            loader.load_state_dict(value)
+
+    def load_numbers(self, state: Mapping[str, Any]) -> None:
+        """The same for all but the states of loaders."""
         torch.set_rng_state(state["torch"])
         for device, value in zip(self._devices, state["cuda"], strict=True):
             torch.cuda.set_rng_state(value, device)
@@ -62,8 +72,6 @@ class Randomness:
         np.random.set_state(state["numpy"])
         for generator, value in zip(generators_of(self._loaders), state["generators"], strict=True):
             generator.set_state(value)
-        for loader, value in zip(self._with_state(), state["loaders"], strict=True):
-            loader.load_state_dict(value)
 
     def describe(self) -> list[dict[str, Any]]:
         """What decides the order of each loader, for comparisons."""
@@ -79,7 +87,23 @@ class Randomness:
 
     def unknown_orders(self) -> list[str]:
         """Loaders whose batches may come in an order that no known state decides."""
-        return [type(loader).__name__ for loader in self._loaders if not _is_known(loader)]
+        return [type(loader).__name__ for loader in self._loaders if not self.is_known(loader)]
+
+    @staticmethod
+    def is_known(loader: Any) -> bool:
+        """Whether a known state decides the order of a loader's batches."""
+        return _is_known(loader)
+
+    @staticmethod
+    def says_where_it_stands(loader: Any) -> bool:
+        """Whether a loader's state holds its place in a pass.
+
+        Returns:
+            True for torchdata's ``StatefulDataLoader``, and for loaders with a true attribute
+            ``resumes_within_pass``: nothing else tells their states from those of whole passes.
+        """
+        named = any(kind.__name__ == "StatefulDataLoader" for kind in type(loader).__mro__)
+        return _has_state(loader) and bool(getattr(loader, "resumes_within_pass", named))
 
     def _with_state(self) -> Iterator[Any]:
         for loader in self._loaders:
@@ -101,8 +125,12 @@ def _is_known(loader: Any) -> bool:
         not loader.persistent_workers
         and not isinstance(loader.dataset, IterableDataset)
         and isinstance(loader.sampler, _KNOWN_SAMPLERS)
-        and (loader.batch_sampler is None or type(loader.batch_sampler) is BatchSampler)
+        and (loader.batch_sampler is None or _is_plain(loader.batch_sampler))
     )
+
+
+def _is_plain(batches: Any) -> bool:
+    return type(batches) is BatchSampler and isinstance(batches.sampler, _KNOWN_SAMPLERS)
 
 
 def _plain(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from margeq.checkpoint import CheckpointWriter, trusting
-from margeq.errors import CheckpointError, CheckpointWarning, CurvatureError
+from margeq.checkpoint import trusting
+from margeq.errors import CurvatureError
 from margeq.layers import redraw
+from margeq.training.bookmark import Bookmark
 from margeq.training.guards import Rewind
 from margeq.training.history import Callback, Event, History
 from margeq.training.outcome import Outcome
 from margeq.training.problem import Problem
 from margeq.training.randomness import Randomness
 from margeq.training.run import Run
+from margeq.training.saving import Saving
 from margeq.training.starts import Start
 
 __all__ = ["Restarts"]
@@ -32,7 +33,7 @@ class Restarts:
         randomness: the random numbers to come.
         emit: receives events.
         settings: plain description of the call, for checkpoints.
-        writer: of checkpoints, if any.
+        saving: of checkpoints, if any, and stops when it is asked to.
     """
 
     def __init__(
@@ -43,10 +44,13 @@ class Restarts:
         randomness: Randomness,
         emit: Callback,
         settings: Mapping[str, Any],
-        writer: CheckpointWriter | None,
+        saving: Saving,
     ) -> None:
         self._p, self._starts, self._origin, self._emit = problem, starts, origin, emit
-        self._randomness, self._settings, self._writer = randomness, settings, writer
+        self._settings, self._saving = settings, saving
+        self._bookmark = Bookmark(
+            problem.train_loader, randomness, saving.is_wanted, self._after_step
+        )
         self._outcomes: list[Outcome] = []
         self._run: Run | None = None
         self._resumed: Mapping[str, Any] | None = None
@@ -64,20 +68,37 @@ class Restarts:
             CheckpointError: if no checkpoint could be written three times in a row.
         """
         if not self._outcomes and self._resumed is None:
-            self._save()
+            self._saving.between_epochs(self.state_dict)
         for start in self._starts[len(self._outcomes) :]:
             outcome = self._outcome(start)
             self._outcomes.append(outcome)
             self._run = None
             value = outcome.log_marginal_likelihood
             self._emit(Event("end", {"start": start.name, "log_marginal_likelihood": value}))
-            self._save_finished()
+            if self.is_finished:
+                self._saving.at_end(self.state_dict)
+            else:
+                self._saving.between_epochs(self.state_dict)
         return self._outcomes
 
     @property
     def is_finished(self) -> bool:
         """Whether there is an outcome of every start."""
         return len(self._outcomes) == len(self._starts)
+
+    def restore_best(self) -> float | None:
+        """Put the best state of all runs into the model, that in progress included.
+
+        Returns:
+            Its log marginal likelihood; ``None`` if there was no update yet.
+        """
+        running = None if self._run is None else self._run.best
+        found = [o for o in (*self._outcomes, running) if o is not None and o.spectrum is not None]
+        if not found:
+            return None
+        best = max(found, key=lambda outcome: outcome.log_marginal_likelihood)
+        best.restore(self._p)
+        return best.log_marginal_likelihood
 
     def _outcome(self, start: Start) -> Outcome:
         n_epochs = self._p.schedule.n_epochs
@@ -87,20 +108,26 @@ class Restarts:
         run = self._begun(start)
         self._emit(Event("start", {"start": start.name, "n_epochs": n_epochs, "epoch": run.epoch}))
         try:
-            while run.epoch < n_epochs:
-                run.advance()
-                self._save(run.last_evidence)
+            while run.epoch < n_epochs or run.is_due:
+                if not run.is_due:
+                    with self._saving.steps():
+                        run.train_epoch()
+                if run.is_due:
+                    with self._saving.update(self.state_dict):
+                        run.update()
+                self._saving.between_epochs(self.state_dict, run.last_evidence)
             return run.outcome()
         except CurvatureError as error:
+            self._bookmark.close()
             return run.failure(error)
 
     def _begun(self, start: Start) -> Run:
         """A run at its start, or where a checkpoint left it."""
-        run = Run(self._p, start, self._emit)
+        run = Run(self._p, start, self._emit, self._bookmark)
         if self._resumed is not None:
             with trusting("the checkpoint"):
                 run.load_state_dict(self._resumed)
-                self._randomness.load_state_dict(self._resumed["random"])
+                self._bookmark.load_state_dict(self._resumed)
             self._resumed = None
         self._run = run
         return run
@@ -117,7 +144,7 @@ class Restarts:
             "origin": self._origin.state_dict(),
             "finished": [o.state_dict() | {"history": o.history.to_dict()} for o in finished],
             "cache": None if self._p.cache is None else self._p.cache.state_dict(),
-            "random": self._randomness.state_dict(),
+            **self._bookmark.state_dict(),
             **({} if self._run is None else self._run.state_dict()),
         }
 
@@ -131,22 +158,5 @@ class Restarts:
             self._p.cache.load_state_dict(state["cache"], self._p.device)
         self._resumed = state if "model" in state else None
 
-    def _save(self, evidence: float | None = None) -> None:
-        if self._writer is not None and self._writer.is_due():
-            self._writer.write(self._step(), self.state_dict, evidence)
-
-    def _save_finished(self) -> None:
-        """The last checkpoint is always written, and its failure costs nothing but itself."""
-        if not self.is_finished:
-            self._save()
-        elif self._writer is not None:
-            try:
-                self._writer.write(self._step(), self.state_dict)
-            except CheckpointError as error:
-                message = f"the run is finished, but its last checkpoint is missing: {error}"
-                warnings.warn(message, CheckpointWarning, stacklevel=2)
-
-    def _step(self) -> int:
-        # one more per run: its last epoch and its end are two places
-        done = len(self._outcomes) * (self._p.schedule.n_epochs + 1)
-        return done + (0 if self._run is None else self._run.epoch)
+    def _after_step(self) -> None:
+        self._saving.after_step(self.state_dict if self._bookmark.is_possible else None)

@@ -18,6 +18,7 @@ from margeq.errors import CurvatureError, NonFiniteError
 from margeq.laplace import Spectrum, decompose, effective_parameters, evidence
 from margeq.likelihoods import Gaussian
 from margeq.paths import path_prefixes, path_sums
+from margeq.training.bookmark import Bookmark
 from margeq.training.epoch import MapEpoch
 from margeq.training.history import Callback, Event, History, Update
 from margeq.training.network import NetworkSteps, NetworkStepsOptions
@@ -47,9 +48,10 @@ class Run:
         problem: model and data.
         start: where to begin; the model is put there.
         emit: receives events.
+        bookmark: where the pass over the training data stands.
     """
 
-    def __init__(self, problem: Problem, start: Start, emit: Callback) -> None:
+    def __init__(self, problem: Problem, start: Start, emit: Callback, bookmark: Bookmark) -> None:
         self._p, self._start, self._emit = problem, start, emit
         self._prior, self._likelihood = problem.prior.copy(), deepcopy(problem.likelihood)
         model, weights, plan = problem.model, problem.weights, problem.schedule
@@ -68,7 +70,7 @@ class Run:
         optimizer = build_optimizer(plan.optimizer_cls, trainable, plan.optimizer_kwargs)
         self._steps = ProximalSteps(optimizer, weights, problem.n_data)
         self._scheduler = build_scheduler(plan.scheduler_cls, optimizer, plan.scheduler_kwargs)
-        self._epoch = MapEpoch(problem, self._steps, self._norms, self._scheduler)
+        self._epoch = MapEpoch(problem, self._steps, self._norms, self._scheduler, bookmark)
         self._solver = hyper_solver(plan.hyper_solver, plan.n_hypersteps, plan.lr_hyp)
         self._network = NetworkSteps(
             model,
@@ -93,17 +95,22 @@ class Run:
         due = updates and updates[-1].epoch == self.epoch
         return updates[-1].log_marginal_likelihood if due else None
 
-    def advance(self) -> None:
-        """One more epoch, and the hyperparameter update that may be due after it."""
-        epoch = self.epoch + 1
-        self.train_epoch(epoch)
-        if self._p.schedule.is_due(epoch):
-            self.update(epoch)
+    @property
+    def best(self) -> Outcome | None:
+        """The best state so far, if there was an update."""
+        return self._best
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the hyperparameter update after the last epoch is still to come."""
+        epoch = self.epoch
+        return epoch > 0 and self._p.schedule.is_due(epoch) and self.last_evidence is None
 
     # -- weights ---------------------------------------------------------------------------------
 
-    def train_epoch(self, epoch: int) -> None:
-        """One pass of MAP steps."""
+    def train_epoch(self) -> None:
+        """One more pass of MAP steps."""
+        epoch = self.epoch + 1
         precisions = {n: float(self._prior.log_precision_of(n).exp()) for n in self._p.weights}
         loss = self._epoch.run(epoch, self._likelihood, precisions)
         self._history.losses.append(loss)
@@ -111,8 +118,9 @@ class Run:
 
     # -- hyperparameters -------------------------------------------------------------------------
 
-    def update(self, epoch: int) -> None:
-        """One curvature pass and the hyperparameter steps on it."""
+    def update(self) -> None:
+        """One curvature pass after the last epoch, and the hyperparameter steps on it."""
+        epoch = self.epoch
         began = time.perf_counter()
         state = self._passes.curvature(epoch, self._likelihood)
         spectrum = decompose(state)

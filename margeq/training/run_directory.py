@@ -56,13 +56,13 @@ def open_directory(options: Checkpoints | None, resume: bool) -> Iterator[RunDir
         CheckpointError: if it is in use, cannot be written to, or holds nothing that is valid.
     """
     if options is None:
-        yield RunDirectory(None, None, None, 1.0)
+        yield RunDirectory(None, None, None)
         return
     store = CheckpointStore(Path(options.directory), options.keep)
     with run_lock(store.directory):
         store.clean()
         found = store.load_latest() if resume else None
-        yield RunDirectory(store, found, store.directory, options.max_overhead)
+        yield RunDirectory(store, found, options)
 
 
 class RunDirectory:
@@ -71,19 +71,17 @@ class RunDirectory:
     Args:
         store: of checkpoints.
         found: where to go on.
-        path: for messages.
-        max_overhead: as in :class:`Checkpoints`.
+        options: as in :class:`Checkpoints`.
     """
 
     def __init__(
         self,
         store: CheckpointStore | None,
         found: Checkpoint | None,
-        path: Path | None,
-        max_overhead: float,
+        options: Checkpoints | None,
     ) -> None:
-        self._store, self._found, self._path = store, found, path
-        self._max_overhead = max_overhead
+        self._store, self._found, self._options = store, found, options
+        self._path = None if store is None else store.directory
 
     def seed(self, given: int | None, drawn: int) -> int:
         """The seed of the call: that of the checkpoint, unless there is another reason."""
@@ -113,9 +111,17 @@ class RunDirectory:
 
     def writer(self, problem: Problem) -> CheckpointWriter | None:
         """Writes checkpoints that name dtype, device and seed."""
-        if self._store is None:
+        if self._store is None or self._options is None:
             return None
-        return CheckpointWriter(self._store, self._max_overhead, _environment(problem))
+        options = self._options
+        return CheckpointWriter(
+            self._store, options.max_overhead, _environment(problem), options.longest_gap
+        )
+
+    @property
+    def next_number(self) -> int:
+        """Number of the first checkpoint that this call writes."""
+        return 0 if self._found is None else self._found.step + 1
 
     def resume(self, restarts: Restarts, problem: Problem, randomness: Randomness) -> None:
         """Put the runs where the checkpoint left them, or make room for new ones.
