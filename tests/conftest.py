@@ -12,6 +12,9 @@ import torch
 from hypothesis import settings
 
 from benchmarks.peers import import_laplace
+from tests import network_guard
+
+network_guard.install()
 
 torch.set_num_threads(1)  # parallelism comes from the workers; one thread is reproducible
 
@@ -25,6 +28,13 @@ def _fixed_seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_network() -> Iterator[None]:
+    network_guard.attempts.clear()
+    yield
+    assert not network_guard.attempts, network_guard.attempts
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-WARM_UP = 50
 
 
 def soaked(n_updates, directory):
@@ -30,11 +29,12 @@ def soaked(n_updates, directory):
 def test_nothing_grows_from_update_to_update(tmp_path, n_updates):
     """Weights, precisions, a lengthscale, dropout, paths and checkpoints; less than 2 % of memory.
 
-    The history of a run does grow, by some kilobytes per update.
+    A fifth of the updates is the warm-up. The history of a run does grow, by 2 kilobytes per
+    update here, and by three times as much for as long as a checkpoint is written.
     """
     found = soaked(n_updates, tmp_path / "run")
     assert len(found) == n_updates
-    warm = found[WARM_UP:]
+    warm = found[n_updates // 5 :]
     largest = max(m["bytes"] for m in warm)
     assert largest < 1.02 * warm[0]["bytes"]
     for what in ("hooks", "files", "threads", "system threads"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from margeq.checkpoint import disk
@@ -49,7 +49,8 @@ def run_lock(directory: Path) -> Iterator[None]:
         _sign(owner)
         yield
     finally:
-        owner.unlink(missing_ok=True)
+        with suppress(OSError):  # read-only or gone by now, of which the body has told
+            owner.unlink(missing_ok=True)
         lock.release()
 
 

@@ -19,6 +19,12 @@ from margeq.errors import CheckpointCorrupt, CheckpointError, CheckpointMismatch
 
 __all__ = ["from_plain", "require_same_tensors", "to_plain", "trusting"]
 
+_SYMPTOMS = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
+"""What code raises that was given another value than it can use."""
+
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -74,7 +80,7 @@ def trusting(what: str) -> Iterator[None]:
         yield
     except MargeqError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except _SYMPTOMS as error:
         raise CheckpointCorrupt(
             f"{what} is undamaged, but not the state of such a run: {error!r}; start anew with "
             f"another checkpoint_dir or resume=False"

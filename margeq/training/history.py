@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = ["Event", "History", "Update"]
@@ -79,8 +79,12 @@ class History:
         return rise / (recent[-1].epoch - recent[0].epoch) / n_data
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
+        """Plain data for JSON; what it says of each update is shared, as histories can be long."""
+        return {
+            "losses": list(self.losses),
+            "updates": [dict(vars(update)) for update in self.updates],
+            "switches": list(self.switches),
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> History:

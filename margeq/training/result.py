@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,7 +169,7 @@ class MargLikResult:
                     "log_marginal_likelihood": None if r.error else r.log_marginal_likelihood,
                     "kept": r.kept,
                     "error": r.error,
-                    "history": r.history.to_dict(),
+                    "history": deepcopy(r.history.to_dict()),
                 }
                 for r in self.restarts
             ],
