@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import torch
 
-from margeq.batches import read_batches
 from margeq.errors import ConvergenceWarning
 from margeq.function_share import function_variances
 from margeq.laplace import hyper_gradient
@@ -41,7 +40,7 @@ def conclude(problem: Problem, outcomes: Sequence[Outcome]) -> MargLikResult:
             tensor.copy_(kept.hyperparameters[name])
     for parameter in problem.model.parameters():
         parameter.grad = None
-    batches = read_batches(problem.marglik_loader, problem.device, problem.batch_fn)
+    batches = problem.batches(problem.marglik_loader)
     diagnostics = _diagnostics(problem, outcomes, kept)
     settled, message = _settled(diagnostics.slope)
     if not settled:
@@ -68,7 +67,7 @@ def conclude(problem: Problem, outcomes: Sequence[Outcome]) -> MargLikResult:
         message=message,
         n_iter=len(kept.history.losses),
         spectrum=kept.spectrum,
-        variances=function_variances(problem.model, batches),
+        variances=function_variances(problem.model, batches, comm=problem.comm),
         hyperparameters=kept.hyperparameters,
     )
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from margeq.batches import Batch, read_batches
+from margeq.batches import Batch
 from margeq.curvature.capture import forward
 from margeq.errors import ConfigError, DataError, NonFiniteError
-from margeq.layers import redraw
 from margeq.likelihoods import Likelihood
 from margeq.training.normalisation import HeldNorms
 from margeq.training.problem import Problem
 from margeq.training.proximal import ProximalSteps
+from margeq.training.reduced_step import Gradients, OwnGradients, SharedGradients
 
 __all__ = ["MapEpoch"]
 
@@ -35,6 +36,14 @@ class MapEpoch:
         self, problem: Problem, steps: ProximalSteps, norms: HeldNorms, scheduler: Any
     ) -> None:
         self._p, self._steps, self._norms, self._scheduler = problem, steps, norms, scheduler
+        self._gradients = self._of_all_ranks()
+
+    def _of_all_ranks(self) -> Gradients:
+        groups, model = self._steps.optimizer.param_groups, self._p.model
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        if self._p.comm.size == 1:
+            return OwnGradients(model, parameters)
+        return SharedGradients(model, parameters, self._p.comm)
 
     def run(self, epoch: int, likelihood: Likelihood, precisions: Mapping[str, float]) -> float:
         """One pass over the training data.
@@ -56,28 +65,27 @@ class MapEpoch:
         if not model.training:
             model.train()
         total, seen = torch.zeros((), device=self._p.device), 0
-        for batch in read_batches(self._p.train_loader, self._p.device, self._p.batch_fn):
-            loss = self._step(batch, likelihood, precisions)
-            total, seen = total + loss * len(batch), seen + len(batch)
+        batches = self._p.batches(self._p.train_loader)
+        loss_of = partial(self._loss, likelihood)
+        for step in self._gradients.steps(batches, loss_of, f"{self._p.seed}:{epoch}"):
+            self._step(precisions)
+            total, seen = total + step.loss, seen + step.n_data
         self._check(epoch, total, seen)
         return float(total) / seen
 
-    def _step(
-        self, batch: Batch, likelihood: Likelihood, precisions: Mapping[str, float]
-    ) -> Tensor:
-        self._steps.optimizer.zero_grad(set_to_none=True)
-        redraw(self._p.model)
+    def _loss(self, likelihood: Likelihood, batch: Batch) -> Tensor:
         outputs = forward(self._p.model, batch.inputs)
         targets = likelihood.check_targets(outputs, batch.targets)
         loss = likelihood.loss(outputs, targets)
         if not loss.requires_grad:
             raise ConfigError("the model's output does not depend on any trainable weight")
-        loss.backward()
+        return loss
+
+    def _step(self, precisions: Mapping[str, float]) -> None:
         self._steps.step(precisions)
         self._norms.project()
         if self._scheduler is not None:
             self._scheduler.step()
-        return loss.detach()
 
     def _check(self, epoch: int, total: Tensor, seen: int) -> None:
         if seen != self._p.n_data:

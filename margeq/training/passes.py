@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from margeq.accumulation import CurvatureState, accumulate_with
-from margeq.batches import read_batches
 from margeq.errors import DataWarning, DeterminismWarning
 from margeq.function_share import function_variances, shares
 from margeq.likelihoods import Likelihood
@@ -40,6 +39,7 @@ class Passes:
             parameters=p.parameters,
             batch_fn=p.batch_fn,
             cache=p.cache,
+            comm=p.comm,
         )
         if self._checksum not in (None, state.checksum):
             warnings.warn(
@@ -61,8 +61,8 @@ class Passes:
     def shares(self) -> dict[str, dict[str, float]]:
         """Layer -> path -> share of function variance, on the first data."""
         p = self._p
-        batches = read_batches(p.marglik_loader, p.device, p.batch_fn)
-        return shares(function_variances(p.model, batches, _SHARE_DATA))
+        batches = p.batches(p.marglik_loader)
+        return shares(function_variances(p.model, batches, _SHARE_DATA, p.comm))
 
     def state_dict(self) -> dict[str, Any]:
         """What the passes before were about."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from margeq.checkpoint import CheckpointWriter, trusting
+from margeq.checkpoint import trusting
 from margeq.errors import CheckpointError, CheckpointWarning, CurvatureError
 from margeq.layers import redraw
 from margeq.training.guards import Rewind
@@ -16,7 +16,9 @@ from margeq.training.history import Callback, Event, History
 from margeq.training.outcome import Outcome
 from margeq.training.problem import Problem
 from margeq.training.randomness import Randomness
+from margeq.training.ranks import error_of_first, rank_seed
 from margeq.training.run import Run
+from margeq.training.shared_checkpoints import Writer
 from margeq.training.starts import Start
 
 __all__ = ["Restarts"]
@@ -43,7 +45,7 @@ class Restarts:
         randomness: Randomness,
         emit: Callback,
         settings: Mapping[str, Any],
-        writer: CheckpointWriter | None,
+        writer: Writer | None,
     ) -> None:
         self._p, self._starts, self._origin, self._emit = problem, starts, origin, emit
         self._randomness, self._settings, self._writer = randomness, settings, writer
@@ -92,11 +94,13 @@ class Restarts:
                 self._save(run.last_evidence)
             return run.outcome()
         except CurvatureError as error:
-            return run.failure(error)
+            return run.failure(error_of_first(self._p.comm, error))
 
     def _begun(self, start: Start) -> Run:
         """A run at its start, or where a checkpoint left it."""
-        run = Run(self._p, start, self._emit)
+        run, rank = Run(self._p, start, self._emit), self._p.comm.rank
+        if rank:  # the start is that of all ranks, random numbers are each rank's own
+            torch.manual_seed(rank_seed(self._p.seed, rank))
         if self._resumed is not None:
             with trusting("the checkpoint"):
                 run.load_state_dict(self._resumed)
