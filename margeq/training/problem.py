@@ -114,9 +114,9 @@ def first_look(
     with together(comm):
         _refuse_augmentation(train_loader, marglik_loader)
         require_finite(hyperparameters)
-        weights = weights_with_rules(model, parameters, options)
         if comm.size > 1:
             refuse_what_ranks_cannot_share(model, train_loader, marglik_loader)
+        weights = weights_with_rules(model, parameters, options)
         device = next(model.parameters()).device
         batches = read_data(train_loader, device, batch_fn, comm)
         own_inputs, own_data = _read_once(model, batches, likelihood)
