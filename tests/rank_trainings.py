@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -119,24 +121,43 @@ def plain_loader(n=8):
     return TensorLoader(*pictures(n), 4)
 
 
+class Fatal(nn.Module):
+    """Ends its process in the training pass of a number, if at all."""
+
+    def __init__(self, left):
+        super().__init__()
+        self.left = left
+
+    def forward(self, x):
+        self.left -= self.training and torch.is_grad_enabled()
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+
+def launched(rank, folder, fatal_pass=-1):
+    """What torchrun starts: the digest, and the epochs at which runs begin or go on."""
+    where = None if folder is None else Checkpoints(folder, max_overhead=float("inf"))
+    begins = []
+    net = nn.Sequential(Fatal(fatal_pass), *paths_net(0.3))
+    found = call(
+        net, shuffled_share(), checkpoint_dir=where, restarts=["free", "only:conv"],
+        callbacks=[lambda event: begins.append(event.data.get("epoch")) if event.kind == "start"
+                   else None],
+    )  # fmt: skip
+    return digest(found), begins
+
+
 if __name__ == "__main__":
-    # started by torchrun: rank 1 of the first attempt kills itself in the middle
+    # rank 1 of the first attempt kills itself in the middle of the second run
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    folder, attempt = Path(sys.argv[1]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    rank, passes = dist.get_rank(), []
-
-    class Fatal(nn.Module):
-        """Ends its process in the training pass of a number."""
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            passes.append(self.training)
-            if sys.argv[2] == "kill" and rank == 1 and attempt == 0 and sum(passes) == 10:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return x
-
-    net = nn.Sequential(Fatal(), *paths_net(0.3))
-    where = Checkpoints(folder / "checkpoints", max_overhead=float("inf"))
-    found = call(net, shuffled_share(), checkpoint_dir=where, restarts=["free", "only:conv"])
-    (folder / f"{attempt}-{rank}.digest").write_text(digest(found))
+    target, attempt = Path(sys.argv[1]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    number, n_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    # a store of each attempt's own: keys of ranks that were killed are not in the way
+    store = dist.FileStore(str(target / f"store-{attempt}"), n_ranks)
+    limit = timedelta(seconds=30)
+    dist.init_process_group("gloo", store=store, rank=number, world_size=n_ranks, timeout=limit)
+    fatal = 29 if number == 1 and attempt == 0 else -1
+    answer = launched(number, target / "checkpoints", fatal)
+    (target / f"{attempt}-{number}.json").write_text(json.dumps(answer))
     dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from margeq.errors import (
     DeterminismWarning,
     DistributedError,
 )
-from tests.rank_trainings import call, paths_net, pictures, resumable, shuffled_share
+from tests.rank_trainings import call, launched, paths_net, pictures, resumable, shuffled_share
 from tests.ranks import on_ranks
 from tests.test_curvature_sums import sums
 
@@ -269,12 +270,11 @@ def test_failures_of_the_first_rank_are_those_of_all(tmp_path):
 # --- the launcher
 
 
-def launched(folder, mode):
-    folder.mkdir()
+def with_torchrun(folder):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1",
         "--monitor-interval=0.1", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
-        f"--rdzv-id={os.getpid()}", "-m", "tests.rank_trainings", str(folder), mode,
+        f"--rdzv-id={os.getpid()}", "-m", "tests.rank_trainings", str(folder),
     ]  # fmt: skip
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo",
@@ -284,16 +284,18 @@ def launched(folder, mode):
         command, cwd=ROOT, env=environment, timeout=120, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return {path.name: path.read_text() for path in sorted(folder.glob("*.digest"))}
+    return {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
 # P9, with the launcher: it opens a port of localhost, which a sandbox may refuse
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the name of the loopback interface")
 def test_a_restarted_job_ends_like_one_that_was_not_killed(tmp_path):
-    whole = launched(tmp_path / "whole", "run")
-    assert list(whole) == ["0-0.digest", "0-1.digest"]
-    assert len(set(whole.values())) == 1
-    killed = launched(tmp_path / "killed", "kill")
-    assert list(killed) == ["1-0.digest", "1-1.digest"]
-    assert set(killed.values()) == set(whole.values())
+    (digest, begins), (other, _) = on_ranks(2, launched, None)
+    assert digest == other
+    assert begins == [0, 0]
+    killed = with_torchrun(tmp_path)
+    assert list(killed) == ["1-0.json", "1-1.json"]
+    assert [found[0] for found in killed.values()] == [digest, digest]
+    (epoch,) = killed["1-0.json"][1]  # in the second run, which goes on
+    assert epoch > 0
