@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from margeq import errors
-from margeq.errors import ConfigError, DistributedError, DistributedMismatchError
+from margeq.errors import DistributedError, DistributedMismatchError
 
 __all__ = [
     "ALONE",
@@ -31,7 +31,6 @@ __all__ = [
     "agree",
     "current_comm",
     "require_equal",
-    "require_one_process",
     "together",
 ]
 
@@ -182,22 +181,6 @@ def current_comm() -> Comm:
     return ALONE
 
 
-def require_one_process(what: str) -> None:
-    """Refuse what would give each rank an answer for its own share of the data.
-
-    Raises:
-        ConfigError: in a process group of several ranks, with what works there.
-    """
-    size = current_comm().size
-    if size > 1:
-        raise ConfigError(
-            f"{what} trains in one process, and torch.distributed has {size}: each would learn "
-            f"from its own share of the data. Train with a loop of your own, and take the evidence "
-            f"from margeq.distributed.accumulate, margeq.laplace and margeq.adjoint, which work on "
-            f"all ranks together"
-        )
-
-
 @contextmanager
 def together(comm: Comm) -> Iterator[None]:
     """Work of each rank on its own that may fail: one failure is raised on all ranks.
@@ -226,19 +209,21 @@ def agree(comm: Comm, error: Exception | None = None) -> None:
         error: what failed on this rank.
 
     Raises:
-        Exception: the error of this rank; without one, an error of the same type as that of
-            another rank, if it is one of :mod:`margeq.errors`.
+        Exception: of the type of the lowest rank's error, if it is one of :mod:`margeq.errors`:
+            the error of this rank, if it is of that type, or that of the other rank.
     """
     if not comm.any(error is not None):
         return
     notes = comm.gather(None if error is None else [type(error).__name__, str(error)])
-    raised = error or _error_of_another(notes)
-    raised._is_known_to_all_ranks = True  # pyright: ignore[reportAttributeAccessIssue]
-    raise raised
-
-
-def _error_of_another(notes: Sequence[Any]) -> Exception:
     rank, (name, message) = next((rank, note) for rank, note in enumerate(notes) if note)
+    # ranks that went on from errors of different types would no longer be in step
+    if error is None or type(error).__name__ != name:
+        error = _error_of_another(rank, name, message)
+    error._is_known_to_all_ranks = True  # pyright: ignore[reportAttributeAccessIssue]
+    raise error
+
+
+def _error_of_another(rank: int, name: str, message: str) -> Exception:
     if name in errors.__all__:
         return getattr(errors, name)(f"rank {rank} failed: {message}")
     return DistributedError(f"rank {rank} failed: {name}: {message}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from margeq.batches import Batch
+from margeq.comm import ALONE, Comm, together
 from margeq.curvature.capture import eval_mode, forward
 from margeq.parameters import unwrapped
 from margeq.paths import PathSum, path_sums
@@ -22,7 +23,10 @@ Variances = dict[str, dict[str, float]]
 
 
 def function_variances(
-    model: nn.Module, batches: Iterable[Batch], max_data: int | None = None
+    model: nn.Module,
+    batches: Iterable[Batch],
+    max_data: int | None = None,
+    comm: Comm = ALONE,
 ) -> Variances:
     """Variance over the data of what each path adds to its layer, summed over output elements.
 
@@ -32,15 +36,31 @@ def function_variances(
     Args:
         model: with or without path sums.
         batches: checked batches.
-        max_data: stop after this many data.
+        max_data: stop after this many data, of all ranks together.
+        comm: ranks that look at the data together, each at its own.
 
     Returns:
-        layer -> path -> variance.
+        layer -> path -> variance, the same on all ranks.
     """
     model = unwrapped(model)
     layers = {prefix: _Contributions(sum_) for prefix, sum_ in path_sums(model).items()}
     if not layers:
         return {}
+    own_data = None if max_data is None else -(-max_data // comm.size)
+    with together(comm):
+        _look(model, layers, batches, own_data)
+    if comm.size > 1:
+        _reduce([m for layer in layers.values() for m in layer.moments.values()], comm)
+    return {prefix: layer.variances() for prefix, layer in layers.items()}
+
+
+def _look(
+    model: nn.Module,
+    layers: Mapping[str, _Contributions],
+    batches: Iterable[Batch],
+    max_data: int | None,
+) -> None:
+    """Add the data of this process to the moments of all paths."""
     handles = [h for prefix, c in layers.items() for h in c.watch(model.get_submodule(prefix))]
     seen = 0
     try:
@@ -53,7 +73,26 @@ def function_variances(
     finally:
         for handle in handles:
             handle.remove()
-    return {prefix: layer.variances() for prefix, layer in layers.items()}
+
+
+def _reduce(moments: Sequence[_Moments], comm: Comm) -> None:
+    """Make the moments of a rank's own data those of all; a rank may have none."""
+    shapes = comm.gather([m.shape for m in moments])
+    used = []
+    for number, own in enumerate(moments):
+        owner = next((rank for rank, of in enumerate(shapes) if of[number] is not None), None)
+        if owner is not None:  # the path is on
+            own.begin(shapes[owner][number])
+            used.append((own, owner == comm.rank))
+    # a sum in which only the owner's numbers are not zero keeps them to the last bit
+    shifts = comm.sum(
+        [own.shift if is_owner else torch.zeros_like(own.shift) for own, is_owner in used]
+    )
+    for (own, _), shift in zip(used, shifts, strict=True):
+        own.move(shift)
+    sums = comm.sum([part for own, _ in used for part in own.sums()])
+    for (own, _), *parts in zip(used, sums[::3], sums[1::3], sums[2::3], strict=True):
+        own.count, own.sum, own.squares = int(parts[0]), parts[1], parts[2]
 
 
 class _Contributions:
@@ -61,7 +100,7 @@ class _Contributions:
 
     def __init__(self, layer: PathSum) -> None:
         self._layer = layer
-        self._moments = {name: _Moments() for name, _ in layer.named_paths()}
+        self.moments = {name: _Moments() for name, _ in layer.named_paths()}
         self._outputs: dict[str, Tensor] = {}
 
     def watch(self, module: nn.Module) -> list[RemovableHandle]:
@@ -79,40 +118,59 @@ class _Contributions:
         # a layer that subsamples its paths together knows what is left of each
         added = getattr(module, "contributions", dict)(self._outputs)
         for name, values in added.items():
-            self._moments[name].add(values)
+            self.moments[name].add(values)
         self._outputs = {}
 
     def variances(self) -> dict[str, float]:
         """Path -> variance over the data, summed over output elements."""
         scale = self._layer.scale
-        return {name: moments.variance() * scale**2 for name, moments in self._moments.items()}
+        return {name: moments.variance() * scale**2 for name, moments in self.moments.items()}
 
 
 class _Moments:
-    """Running first and second moments of a module's output, per element."""
+    """Running first and second moments of a module's output, per element, about a shift."""
 
     def __init__(self) -> None:
-        self._count = 0
-        self._sum: Tensor | float = 0.0
-        self._squares: Tensor | float = 0.0
-        self._shift: Tensor | None = None
+        self.count = 0
+        self.sum = self.squares = self.shift = torch.zeros(())
+
+    @property
+    def shape(self) -> list[int] | None:
+        """That of one datum, with an axis of length 1 in front; ``None`` without data."""
+        return list(self.shift.shape) if self.count else None
+
+    def begin(self, shape: Sequence[int]) -> None:
+        """Moments of no data of a shape, unless there are data."""
+        if not self.count:
+            self.sum = self.squares = self.shift = torch.zeros(shape, dtype=torch.float64)
 
     def add(self, y: Tensor) -> None:
         """Add the data of one call ``[n, ...]``."""
         values = y.double()
-        if self._shift is None:
+        if not self.count:
             # moments about the first datum: no cancellation for large means
-            self._shift = values[:1].clone()
-        centred = values - self._shift
-        self._count += len(values)
-        self._sum = self._sum + centred.sum(0)
-        self._squares = self._squares + centred.square().sum(0)
+            self.shift = values[:1].clone()
+            self.sum, self.squares = torch.zeros_like(self.shift), torch.zeros_like(self.shift)
+        centred = values - self.shift
+        self.count += len(values)
+        self.sum = self.sum + centred.sum(0)
+        self.squares = self.squares + centred.square().sum(0)
+
+    def move(self, shift: Tensor) -> None:
+        """Have the moments about another shift, such as another datum."""
+        by = shift - self.shift
+        self.squares = self.squares - 2 * by * self.sum + self.count * by.square()
+        self.sum, self.shift = self.sum - self.count * by, shift
+
+    def sums(self) -> list[Tensor]:
+        """Number of data, and sums of the first and second powers."""
+        return [self.sum.new_tensor(float(self.count)), self.sum, self.squares]
 
     def variance(self) -> float:
-        if not self._count or not isinstance(self._sum, Tensor):
+        if not self.count:
             return 0.0
-        mean = self._sum / self._count
-        return float((self._squares / self._count - mean.square()).clamp_min(0.0).sum())
+        mean = self.sum / self.count
+        return float((self.squares / self.count - mean.square()).clamp_min(0.0).sum())
 
 
 def shares(variances: Variances) -> Variances:

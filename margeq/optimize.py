@@ -16,11 +16,11 @@ from torch.optim import Adam, Optimizer
 from margeq.adjoint import Revisit
 from margeq.callbacks import Callback, Event, progress_callback
 from margeq.checkpoint import Checkpoints
-from margeq.comm import require_one_process
+from margeq.comm import Comm, current_comm, together
 from margeq.curvature.options import KfacOptions
 from margeq.errors import ConfigError
 from margeq.likelihoods import Likelihood, as_likelihood
-from margeq.parameters import named_weights, require_one_device, requiring_grad
+from margeq.parameters import named_weights, require_one_device, requiring_grad, unwrapped
 from margeq.priors import GaussianPrior
 from margeq.training.conclusion import conclude
 from margeq.training.guards import (
@@ -33,6 +33,7 @@ from margeq.training.interruption import listening
 from margeq.training.network import NetworkStepsOptions, collect_hyperparameters
 from margeq.training.problem import Schedule, first_look
 from margeq.training.randomness import Randomness
+from margeq.training.ranks import require_same_call
 from margeq.training.restarts import Restarts
 from margeq.training.result import MargLikResult
 from margeq.training.run_directory import as_checkpoints, open_directory
@@ -88,10 +89,15 @@ def optimize_marglik(
     random state are as before. Ctrl-C ends the call after the step in progress, with the best state
     so far in the model; a second one aborts it.
 
+    In a process group of torch.distributed all ranks make this call alike, each with loaders of
+    its own share of the data, and have the same result: that of all data together.
+
     Args:
         model: any module whose trainable tensors have curvature rules; trained in place. With
-            candidate paths in it, every start but ``"current"`` draws all its weights anew.
-        train_loader: re-iterable batches ``(inputs, targets)``.
+            candidate paths in it, every start but ``"current"`` draws all its weights anew. What
+            wraps it, such as DistributedDataParallel, is left out.
+        train_loader: re-iterable batches ``(inputs, targets)``; of several ranks each has its
+            share, see :func:`margeq.distributed.shard`, which may be empty.
         likelihood: ``"classification"``, ``"regression"``, or a likelihood object (copied).
         prior: structure of the precisions, ``"layerwise"``, ``"tied"`` (one precision for the
             factors of a product, as in factored and separable layers), ``"scalar"``,
@@ -143,9 +149,9 @@ def optimize_marglik(
         resume: go on from the newest valid checkpoint in ``checkpoint_dir``, if there is one; that
             of a finished run gives its result again. ``False`` removes the checkpoints there and
             starts anew.
-        callbacks: functions of an event.
-        progress: ``"auto"`` (a bar on a terminal), ``"rich"`` or ``"none"``.
-        seed: of starts and data order; ``None`` draws one from torch's random state.
+        callbacks: functions of an event; called on rank 0 only.
+        progress: ``"auto"`` (a bar on a terminal), ``"rich"`` or ``"none"``; on rank 0 only.
+        seed: of starts and data order; ``None`` draws one from torch's random state (rank 0's).
 
     Returns:
         The result; ``model`` holds the kept weights, in the train/eval mode it had.
@@ -160,6 +166,9 @@ def optimize_marglik(
         KeyboardInterrupt: after SIGINT, when the state is saved in ``checkpoint_dir``, if given.
         SystemExit: likewise after SIGTERM and SIGUSR1, with code 143; only with
             ``checkpoint_dir``, and only in the main thread where no other handler is set.
+        UnsupportedLayerError: on several ranks, for statistics over batches (BatchNorm).
+        DistributedError: if another rank has ended, does not answer, or differs in its arguments
+            or weights (DistributedMismatchError).
 
     Reference:
         van der Ouderaa, Immer & van der Wilk 2023.
@@ -174,66 +183,74 @@ def optimize_marglik(
         >>> result.success, f"{float(result.likelihood.sigma_noise):.2f}"
         (True, '0.07')
     """
-    require_one_process("optimize_marglik")
-    _check_model(model)
-    _check_numbers(
-        n_epochs=n_epochs, n_epochs_burnin=n_epochs_burnin, marglik_frequency=marglik_frequency,
-        n_hypersteps=n_hypersteps, lr_hyp=lr_hyp, seed=seed,
-    )  # fmt: skip
-    _check_callbacks(callbacks)
-    if backend != "margeq":
-        raise ConfigError(f"backend={backend!r}: this version has 'margeq'")
-    checkpoints = as_checkpoints(checkpoint_dir)
-    inside = collect_hyperparameters(model, hyperparameters)
-    NetworkStepsOptions(network_gradient, lr_hyp, n_hypersteps)
-    if isinstance(likelihood, Likelihood) and (sigma_noise_init, temperature) != (1.0, 1.0):
-        raise ConfigError("likelihood is an object: give it noise and temperature itself")
-    likelihood_object = deepcopy(
-        as_likelihood(likelihood, sigma_noise=sigma_noise_init, temperature=temperature)
-    )
-    options = (
-        curvature
-        if isinstance(curvature, KfacOptions)
-        else KfacOptions(hessian_root, mc_samples, kfac_approx=kfac_approx, curvature=curvature)
-    )
-    _require_factors(inside, options, hyper_solver)
-    schedule = Schedule(
-        n_epochs, n_epochs_burnin, marglik_frequency, n_hypersteps, lr_hyp, hyper_solver,
-        optimizer_cls, optimizer_kwargs, scheduler_cls, scheduler_kwargs, network_gradient,
-    )  # fmt: skip
-    moving = {} if hyper_solver == "fixed" else inside
-    starts = resolve_starts(model, restarts, moving.values())
-    bar = progress_callback(progress)
-    emit = _Fan([*callbacks, *([bar] if bar else [])])
-    loaders = (train_loader, marglik_loader)
-    rewind, randomness = Rewind(model, loaders, inside.values()), Randomness(model, loaders)
-    with ExitStack() as stack:
-        interruption = stack.enter_context(listening(checkpoints and Path(checkpoints.directory)))
-        stack.enter_context(transaction(rewind))
-        # no gradient of the training loss can reach them
-        stack.enter_context(requiring_grad(inside.values(), False))
-        drawn_seed = int(torch.randint(2**31, ())) if seed is None else seed
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.random.fork_rng(devices=random_devices(model)))
-        stack.enter_context(deterministic_algorithms(deterministic))
-        directory = stack.enter_context(open_directory(checkpoints, resume))
-        run_seed = directory.seed(seed, drawn_seed)
+    comm = current_comm()
+    with together(comm):
+        model = _checked_model(model)
+        _check_numbers(
+            n_epochs=n_epochs, n_epochs_burnin=n_epochs_burnin, marglik_frequency=marglik_frequency,
+            n_hypersteps=n_hypersteps, lr_hyp=lr_hyp, seed=seed,
+        )  # fmt: skip
+        _check_callbacks(callbacks)
+        if backend != "margeq":
+            raise ConfigError(f"backend={backend!r}: this version has 'margeq'")
+        checkpoints = as_checkpoints(checkpoint_dir)
+        inside = collect_hyperparameters(model, hyperparameters)
+        NetworkStepsOptions(network_gradient, lr_hyp, n_hypersteps)
+        if isinstance(likelihood, Likelihood) and (sigma_noise_init, temperature) != (1.0, 1.0):
+            raise ConfigError("likelihood is an object: give it noise and temperature itself")
+        likelihood_object = deepcopy(
+            as_likelihood(likelihood, sigma_noise=sigma_noise_init, temperature=temperature)
+        )
+        options = (
+            curvature
+            if isinstance(curvature, KfacOptions)
+            else KfacOptions(hessian_root, mc_samples, kfac_approx=kfac_approx, curvature=curvature)
+        )
+        _require_factors(inside, options, hyper_solver)
+        schedule = Schedule(
+            n_epochs, n_epochs_burnin, marglik_frequency, n_hypersteps, lr_hyp, hyper_solver,
+            optimizer_cls, optimizer_kwargs, scheduler_cls, scheduler_kwargs, network_gradient,
+        )  # fmt: skip
+        moving = {} if hyper_solver == "fixed" else inside
+        starts = resolve_starts(model, restarts, moving.values())
+        bar = progress_callback(progress)
+        loaders = (train_loader, marglik_loader)
+        rewind, randomness = Rewind(model, loaders, inside.values()), Randomness(model, loaders)
         settings = described({
             "schedule": schedule, "likelihood": likelihood_object, "prior": prior,
             "prior_prec_init": prior_prec_init, "parameters": parameters, "curvature": options,
             "hyperparameters": list(inside), "starts": starts, "deterministic": deterministic,
-            "seed": run_seed, "loaders": randomness.describe(),
+            "seed": seed, "loaders": randomness.describe(),
         })  # fmt: skip
+    require_same_call(
+        comm, model, settings, inside, loaders, resume=resume,
+        checkpoint_dir=checkpoints is None, marglik_loader=marglik_loader is None,
+    )  # fmt: skip
+    if comm.rank > 0:
+        callbacks, bar = (), None
+    emit = _Fan([*callbacks, *([bar] if bar else [])], comm)
+    with ExitStack() as stack:
+        where = checkpoints and Path(checkpoints.directory)
+        interruption = stack.enter_context(listening(where, alone=comm.size == 1))
+        watched = interruption.watched(batch_fn)
+        stack.enter_context(transaction(rewind))
+        # no gradient of the training loss can reach them
+        stack.enter_context(requiring_grad(inside.values(), False))
+        drawn_seed = comm.gather(int(torch.randint(2**31, ())))[0] if seed is None else seed
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.random.fork_rng(devices=random_devices(model)))
+        stack.enter_context(deterministic_algorithms(deterministic))
+        directory = stack.enter_context(open_directory(checkpoints, resume, comm))
+        run_seed = settings["seed"] = directory.seed(seed, drawn_seed)
         origin = rewind if checkpoints is None else Rewind(model, loaders, inside.values())
-        directory.begin_at(origin, settings)
+        directory.begin_at(origin, settings, randomness)
         if bar is not None:
             stack.enter_context(bar)
         problem = first_look(
-            model, train_loader, marglik_loader, interruption.watched(batch_fn),
-            likelihood_object, prior, prior_prec_init, parameters, options, schedule, run_seed,
-            inside,
+            model, train_loader, marglik_loader, watched, likelihood_object, prior,
+            prior_prec_init, parameters, options, schedule, run_seed, inside, comm,
         )  # fmt: skip
-        saving = Saving(directory.writer(problem), interruption, directory.next_number)
+        saving = Saving(directory.writer(problem), interruption, directory.next_number, comm)
         runs = Restarts(problem, starts, origin, randomness, emit, settings, saving)
         interruption.restore_best = runs.restore_best
         directory.resume(runs, problem, randomness)
@@ -242,13 +259,15 @@ def optimize_marglik(
         return result
 
 
-def _check_model(model: nn.Module) -> None:
+def _checked_model(model: nn.Module) -> nn.Module:
+    """The model itself, without wrappers."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is a {type(model).__name__}, not a torch.nn.Module")
     if torch.is_inference_mode_enabled():
         raise ConfigError("training needs gradients; leave torch.inference_mode() first")
     require_one_device(model)
     named_weights(model)  # refuses lazy modules and shared storage before anything is copied
+    return unwrapped(model)
 
 
 def _check_callbacks(callbacks: Sequence[Callback]) -> None:
@@ -283,11 +302,12 @@ def _require_factors(inside: Mapping[str, Tensor], options: KfacOptions, hyper_s
 
 
 class _Fan:
-    """Hands each event to all callbacks."""
+    """Hands each event to all callbacks; their errors are those of all ranks."""
 
-    def __init__(self, callbacks: Sequence[Callback]) -> None:
-        self._callbacks = callbacks
+    def __init__(self, callbacks: Sequence[Callback], comm: Comm) -> None:
+        self._callbacks, self._comm = callbacks, comm
 
     def __call__(self, event: Event) -> None:
-        for callback in self._callbacks:
-            callback(event)
+        with together(self._comm):
+            for callback in self._callbacks:
+                callback(event)

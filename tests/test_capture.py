@@ -166,6 +166,19 @@ def test_layers_with_a_state_that_moves_are_never_cached(root):
     assert worst_difference(cached, fresh) == 0.0
 
 
+def test_products_of_factors_are_never_cached():
+    """What the second factor sees moves with the first one."""
+    model = net(FactoredLinear2d(2, 3, (3, 3), (2, 2)), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4))
+    batch, cache, options = small_data(model), InputCovCache(), KfacOptions()
+    accumulate_with(model, [batch], SOFTMAX, options, cache=cache)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.3)
+    cached = accumulate_with(model, [batch], SOFTMAX, options, cache=cache)
+    fresh = accumulate_with(model, [batch], SOFTMAX, options)
+    assert worst_difference(cached, fresh) == 0.0
+
+
 def test_layers_whose_buffers_follow_from_their_arguments_are_cached():
     model = net(LiftingConv2d(2, 2, 3, group=P4), nn.ReLU(), nn.Flatten(), nn.Linear(8, 4))
     cache = InputCovCache()

@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-import margeq
 from margeq.accumulation import accumulate_with
 from margeq.adjoint import Revisit, network_gradient
 from margeq.comm import TorchComm, current_comm, require_equal, together
@@ -620,8 +619,8 @@ def test_what_cannot_be_shared_is_refused():
         shard(torch.utils.data.DataLoader(Squares(4)))
     with pytest.raises(ConfigError, match="no length or no indices"):
         shard(iter([]))
-    with pytest.raises(ConfigError, match="'drop_last', 'shuffle'"):
-        shard(Squares(4), shuffle=True, drop_last=True)
+    with pytest.raises(ConfigError, match="'drop_last', 'sampler'"):
+        shard(Squares(4), sampler=None, drop_last=True)
     with pytest.raises(ConfigError, match="batch_size=0"):
         shard(Squares(4), 0)
 
@@ -765,24 +764,6 @@ def test_order_needs_chunks_data_and_a_root_without_threshold():
         accumulate_in_order(model, loader, chunk=0)
     with pytest.raises(DataError, match="empty"):
         accumulate_in_order(model, loader.part(0, 0))
-
-
-def train(rank):
-    model, (x, y) = small_problem()
-    before = [p.detach().clone() for p in model.parameters()]
-    try:
-        margeq.optimize_marglik(model, [(x, y)], n_epochs=1, progress="none")
-    except ConfigError as error:
-        same = all(map(torch.equal, before, model.parameters()))
-        return str(error), same
-    return None
-
-
-def test_training_refuses_several_ranks():
-    for message, same in on_ranks(2, train):
-        assert "torch.distributed has 2" in message
-        assert "margeq.distributed.accumulate" in message
-        assert same
 
 
 def one_step(rank, edges):

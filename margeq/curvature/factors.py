@@ -306,6 +306,8 @@ def _is_first(use: Use, inputs: Any) -> bool:
     """Whether a call's input factors come from the data alone."""
     if not (isinstance(inputs, Tensor) and _same_memory(use.x, inputs)):
         return False
+    if getattr(use.layer, "first_factors", ()):
+        return False  # what later factors of a product see moves with the first ones
     # running statistics, a basis, or whatever else of the layer's state is no weight may change
     # what the weights see; buffers outside of the state follow from the layer's arguments
     return use.layer.state_dict().keys() == use.names.keys()

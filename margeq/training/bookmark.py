@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from margeq.training.randomness import Randomness
+from margeq.training.saving import Saving
 
 __all__ = ["Bookmark"]
 
@@ -26,24 +27,27 @@ class Bookmark:
     Args:
         loader: of the training data.
         randomness: of the run.
-        wanted: whether anybody will ask for a place.
-        after_step: called after every step, when the place is noted.
+        is_possible: whether places are asked for, and can be gone on from, on all ranks.
+        saving: asked after steps.
+        capture: gives the state that it saves.
     """
 
     def __init__(
         self,
         loader: Iterable[Any],
         randomness: Randomness,
-        wanted: bool = False,
-        after_step: Callable[[], None] | None = None,
+        is_possible: bool,
+        saving: Saving,
+        capture: Callable[[], Mapping[str, Any]],
     ) -> None:
-        self._loader, self._randomness, self._after_step = loader, randomness, after_step
+        self._loader, self._randomness, self._saving = loader, randomness, saving
+        self._capture = capture if is_possible else None
         self._by_itself = randomness.says_where_it_stands(loader)
-        self.is_possible = wanted and randomness.is_known(loader)
+        self.is_possible = is_possible
         self._began: Mapping[str, Any] | None = None
         self._now: Mapping[str, Any] | None = None
         self._inside = False
-        self.batches, self.seen, self._total = 0, 0, None
+        self.batches, self.steps, self.seen, self._total = 0, 0, 0, None
 
     def total(self, device: torch.device) -> Tensor:
         """Sum of the losses so far."""
@@ -59,33 +63,37 @@ class Bookmark:
             self._began = self._randomness.state_dict()
         return _Guarded(self._loader, self._look_again)
 
-    def note(self, batches: int, seen: int, total: Tensor) -> None:
+    def note(self, batches: int | None, seen: int, total: Tensor) -> None:
         """Note the place after a step.
 
         Args:
-            batches: taken from the loader so far.
-            seen: data in them.
+            batches: taken from the loader so far; ``None`` for no further one.
+            seen: data of all steps so far, of all ranks.
             total: sum of their losses.
         """
         self._inside = True
-        self.batches, self.seen, self._total = batches, seen, total
-        if self._after_step is not None:
-            self._after_step()
+        self.batches = self.batches if batches is None else batches
+        self.steps, self.seen, self._total = self.steps + 1, seen, total
+
+    def is_needed(self) -> bool:
+        """Whether :meth:`save_or_stop` has something to do."""
+        return self._saving.is_needed(self.is_possible)
+
+    def save_or_stop(self) -> None:
+        """Save the place that was noted, or stop there."""
+        self._saving.after_step(self._capture)
 
     def _look_again(self) -> None:
         """A signal to a whole group of processes can end the workers of a loader first."""
         # without workers the batch that failed may have drawn random numbers
-        if (
-            self._inside
-            and self._after_step is not None
-            and getattr(self._loader, "num_workers", 0)
-        ):
-            self._after_step()
+        if self._inside and self._saving.is_alone and getattr(self._loader, "num_workers", 0):
+            if self.is_needed():
+                self.save_or_stop()
 
     def close(self) -> None:
         """The pass is over."""
         self._began, self._inside = None, False
-        self.batches, self.seen, self._total = 0, 0, None
+        self.batches, self.steps, self.seen, self._total = 0, 0, 0, None
 
     @property
     def _skipped(self) -> int:
@@ -98,7 +106,8 @@ class Bookmark:
         if not self._inside:
             return {"random": self._randomness.state_dict(), "position": None}
         position = {
-            "batches": self.batches, "seen": self.seen, "total": self._total, "began": self._began,
+            "batches": self.batches, "steps": self.steps, "seen": self.seen,
+            "total": self._total, "began": self._began,
         }  # fmt: skip
         if self._began is None:
             return {"random": self._randomness.state_dict(), "position": position}
@@ -113,7 +122,8 @@ class Bookmark:
             self._randomness.load_state_dict(position["began"])
         self._randomness.load_state_dict(state["random"])
         if position is not None:
-            self.batches, self.seen = int(position["batches"]), int(position["seen"])
+            self.batches, self.steps = int(position["batches"]), int(position["steps"])
+            self.seen = int(position["seen"])
             self._total, self._began = position["total"], position["began"]
             self._now = state["random"]
 

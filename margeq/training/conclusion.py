@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Sequence
 
-from margeq.batches import read_batches
 from margeq.errors import ConvergenceWarning
 from margeq.function_share import function_variances
 from margeq.laplace import hyper_gradient
@@ -36,7 +35,7 @@ def conclude(problem: Problem, outcomes: Sequence[Outcome]) -> MargLikResult:
     kept.restore(problem)
     for parameter in problem.model.parameters():
         parameter.grad = None
-    batches = read_batches(problem.marglik_loader, problem.device, problem.batch_fn)
+    batches = problem.batches(problem.marglik_loader)
     diagnostics = _diagnostics(problem, outcomes, kept)
     settled, message = _settled(diagnostics.slope)
     if not settled:
@@ -63,7 +62,7 @@ def conclude(problem: Problem, outcomes: Sequence[Outcome]) -> MargLikResult:
         message=message,
         n_iter=len(kept.history.losses),
         spectrum=kept.spectrum,
-        variances=function_variances(problem.model, batches),
+        variances=function_variances(problem.model, batches, comm=problem.comm),
         hyperparameters=kept.hyperparameters,
     )
 

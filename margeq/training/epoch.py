@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from margeq.batches import Batch, read_batches
+from margeq.batches import Batch
 from margeq.curvature.capture import forward
 from margeq.errors import ConfigError, DataError, NonFiniteError
-from margeq.layers import redraw
 from margeq.likelihoods import Likelihood
 from margeq.training.bookmark import Bookmark
 from margeq.training.normalisation import HeldNorms
 from margeq.training.problem import Problem
 from margeq.training.proximal import ProximalSteps
+from margeq.training.reduced_step import Gradients, OwnGradients, SharedGradients
 
 __all__ = ["MapEpoch"]
 
@@ -42,6 +43,14 @@ class MapEpoch:
     ) -> None:
         self._p, self._steps, self._norms, self._scheduler = problem, steps, norms, scheduler
         self._bookmark = bookmark
+        self._gradients = self._of_all_ranks()
+
+    def _of_all_ranks(self) -> Gradients:
+        groups, model = self._steps.optimizer.param_groups, self._p.model
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        if self._p.comm.size == 1:
+            return OwnGradients(model, parameters, self._bookmark.is_needed)
+        return SharedGradients(model, parameters, self._p.comm, self._bookmark.is_needed)
 
     def run(self, epoch: int, likelihood: Likelihood, precisions: Mapping[str, float]) -> float:
         """One pass over the training data, or what is left of one.
@@ -62,35 +71,33 @@ class MapEpoch:
         model = self._p.model
         if not model.training:
             model.train()
-        mark, device = self._bookmark, self._p.device
-        total, seen, done = mark.total(device), mark.seen, mark.batches
-        batches = read_batches(
-            mark.rest(), device, self._p.batch_fn, least=0 if done else 1, first=done
-        )
-        for batch in batches:
-            loss = self._step(batch, likelihood, precisions)
-            total, seen = total + loss * len(batch), seen + len(batch)
-            mark.note(batch.index + 1, seen, total)
+        mark = self._bookmark
+        total, seen = mark.total(self._p.device), mark.seen
+        batches = self._p.batches(mark.rest(), first=mark.batches)
+        loss_of, name = partial(self._loss, likelihood), f"{self._p.seed}:{epoch}"
+        for step in self._gradients.steps(batches, loss_of, name, mark.steps):
+            self._step(precisions)
+            total, seen = total + step.loss, seen + step.n_data
+            mark.note(step.n_batches, seen, total)
+            if step.is_flagged:
+                mark.save_or_stop()
         mark.close()
         self._check(epoch, total, seen)
         return float(total) / seen
 
-    def _step(
-        self, batch: Batch, likelihood: Likelihood, precisions: Mapping[str, float]
-    ) -> Tensor:
-        self._steps.optimizer.zero_grad(set_to_none=True)
-        redraw(self._p.model)
+    def _loss(self, likelihood: Likelihood, batch: Batch) -> Tensor:
         outputs = forward(self._p.model, batch.inputs)
         targets = likelihood.check_targets(outputs, batch.targets)
         loss = likelihood.loss(outputs, targets)
         if not loss.requires_grad:
             raise ConfigError("the model's output does not depend on any trainable weight")
-        loss.backward()
+        return loss
+
+    def _step(self, precisions: Mapping[str, float]) -> None:
         self._steps.step(precisions)
         self._norms.project()
         if self._scheduler is not None:
             self._scheduler.step()
-        return loss.detach()
 
     def _check(self, epoch: int, total: Tensor, seen: int) -> None:
         if seen != self._p.n_data:

@@ -29,6 +29,7 @@ class Interruption:
 
     Args:
         directory: of checkpoints, if any.
+        alone: whether no other ranks take part. They would wait for one that stops inside a pass.
 
     Attributes:
         listens: whether any signal is heard.
@@ -37,8 +38,8 @@ class Interruption:
             without a state.
     """
 
-    def __init__(self, directory: Path | None = None) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path | None = None, alone: bool = True) -> None:
+        self._directory, self._alone = directory, alone
         self._signal: int | None = None
         self._aborted = self._ending = self._stepping = False
         self.listens = self.saved = False
@@ -48,6 +49,11 @@ class Interruption:
     def requested(self) -> int | None:
         """Number of the signal that asked the call to stop; ``None`` to go on."""
         return self._signal
+
+    @property
+    def stops_in_passes(self) -> bool:
+        """Whether a pass over the data can end in the middle."""
+        return self.listens and self._alone
 
     @property
     def aborted(self) -> bool:
@@ -67,6 +73,10 @@ class Interruption:
         if not again:
             self._signal = number
 
+    def adopt(self, number: int) -> None:
+        """Stop for a signal that another rank has heard."""
+        self._signal = self._signal or number
+
     def stop_if_requested(self) -> None:
         """Leave the training if it was asked to stop.
 
@@ -76,8 +86,10 @@ class Interruption:
         if self._signal is not None:
             raise Stopped
 
-    def watched(self, batch_fn: Callable[[Any], Any] | None) -> Callable[[Any], Any]:
+    def watched(self, batch_fn: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
         """A ``batch_fn`` that leaves passes over the data, other than steps, between batches."""
+        if not self._alone:
+            return batch_fn
 
         def read(raw: Any) -> Any:
             if not self._stepping:
@@ -120,11 +132,12 @@ def _no_state() -> float | None:
 
 
 @contextmanager
-def listening(directory: Path | None) -> Iterator[Interruption]:
+def listening(directory: Path | None, alone: bool = True) -> Iterator[Interruption]:
     """Listen to signals while the context is open, in the main thread, where nobody else does.
 
     Args:
         directory: of checkpoints. Without one only SIGINT is heard.
+        alone: whether no other ranks take part.
 
     Yields:
         What came.
@@ -133,7 +146,7 @@ def listening(directory: Path | None) -> Iterator[Interruption]:
         KeyboardInterrupt: after SIGINT.
         SystemExit: with code 143, after SIGTERM or SIGUSR1.
     """
-    interruption = Interruption(directory)
+    interruption = Interruption(directory, alone)
     before = _install(interruption, directory is not None)
     try:
         yield interruption

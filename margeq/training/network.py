@@ -18,6 +18,7 @@ from margeq.closed_form import (
     fixed_filters,
     moved,
 )
+from margeq.comm import ALONE, Comm
 from margeq.curvature.capture import eval_mode, forward
 from margeq.curvature.options import KfacOptions
 from margeq.errors import ConfigError, NonFiniteError
@@ -220,6 +221,7 @@ class NetworkSteps:
         curvature: KfacOptions,
         *,
         batch_fn: Callable[[Any], tuple[Any, Any]] | None,
+        comm: Comm = ALONE,
     ) -> None:
         """Move the hyperparameters, and weights whose filters are held.
 
@@ -242,7 +244,7 @@ class NetworkSteps:
         revisit = replace(chosen, seed=chosen.seed + curvature.seed)
         grads = network_gradient(
             self._model, loader, state, prior, likelihood, visited, curvature,
-            revisit=revisit, parameters=self._parameters, batch_fn=batch_fn,
+            revisit=revisit, parameters=self._parameters, batch_fn=batch_fn, comm=comm,
         )  # fmt: skip
         for name, grad in grads.items():
             self._ascend(name, visited[name], grad)

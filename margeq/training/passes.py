@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from margeq.accumulation import CurvatureState, accumulate_with
-from margeq.batches import read_batches
 from margeq.errors import DataError, DataWarning, DeterminismWarning
 from margeq.function_share import function_variances, shares
 from margeq.halving import Halving
@@ -51,6 +50,7 @@ class Passes:
             batch_fn=p.batch_fn,
             cache=p.cache,
             halving=self._halving,
+            comm=p.comm,
         )
         if self._n_data not in (None, state.n_data):
             raise DataError(
@@ -78,8 +78,8 @@ class Passes:
     def shares(self) -> dict[str, dict[str, float]]:
         """Layer -> path -> share of function variance, on the first data."""
         p = self._p
-        batches = self._halving.split(read_batches(p.marglik_loader, p.device, p.batch_fn))
-        return shares(function_variances(p.model, batches, _SHARE_DATA))
+        batches = self._halving.split(p.batches(p.marglik_loader))
+        return shares(function_variances(p.model, batches, _SHARE_DATA, p.comm))
 
     def state_dict(self) -> dict[str, Any]:
         """What the passes before were about."""

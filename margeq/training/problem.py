@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from zlib import crc32
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from margeq.accumulation import InputCovCache, weights_with_rules
 from margeq.adjoint import Revisit
 from margeq.batches import Batch, read_batches
+from margeq.comm import Comm, together
 from margeq.curvature.bare import refuse_bare
 from margeq.curvature.capture import eval_mode, forward
 from margeq.curvature.explained import check_rules
@@ -26,8 +27,9 @@ from margeq.paths import all_paths_on
 from margeq.priors import GaussianPrior
 from margeq.training.function_scale import FunctionScale, function_scale
 from margeq.training.network import require_finite, require_influence
+from margeq.training.ranks import first_of_all, refuse_what_ranks_cannot_share
 
-__all__ = ["Problem", "Schedule", "first_look"]
+__all__ = ["Problem", "Schedule", "first_look", "read_data"]
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,16 @@ class Problem:
     seed: int
     cache: InputCovCache | None
     hyperparameters: Mapping[str, Tensor]
+    comm: Comm
 
     @property
     def device(self) -> torch.device:
         """Device of the model."""
         return next(self.model.parameters()).device
+
+    def batches(self, loader: Iterable[Any], first: int = 0) -> Iterator[Batch]:
+        """The data of this process, from a batch on; it has some unless there are other ranks."""
+        return read_data(loader, self.device, self.batch_fn, self.comm, first)
 
     def draws(self, epoch: int) -> KfacOptions:
         """Curvature options with draws of their own: repeating one draw would not average out."""
@@ -103,20 +110,56 @@ def first_look(
     schedule: Schedule,
     seed: int,
     hyperparameters: Mapping[str, Tensor],
+    comm: Comm,
 ) -> Problem:
     """Check model and data once, before the first step, and measure what all runs need."""
-    _refuse_augmentation(train_loader, marglik_loader)
-    require_finite(hyperparameters)
-    weights = weights_with_rules(model, parameters, options)
-    if hyperparameters and schedule.hyper_solver != "fixed":
-        refuse_bare(model, weights)
-    device = next(model.parameters()).device
-    first, n_data = _read_once(model, read_batches(train_loader, device, batch_fn), likelihood)
-    _warn_unseen(train_loader, n_data)
-    with all_paths_on(model):
-        check_rules(model, weights, first.inputs)
-        require_influence(model, hyperparameters, first.inputs)
-        scale = function_scale(model, weights, first.inputs)
+    with together(comm):
+        _refuse_augmentation(train_loader, marglik_loader)
+        require_finite(hyperparameters)
+        if comm.size > 1:
+            refuse_what_ranks_cannot_share(model, train_loader, marglik_loader)
+        weights = weights_with_rules(model, parameters, options)
+        if hyperparameters and schedule.hyper_solver != "fixed":
+            refuse_bare(model, weights)
+        device = next(model.parameters()).device
+        batches = read_data(train_loader, device, batch_fn, comm)
+        own_inputs, own_data = _read_once(model, batches, likelihood)
+    first_inputs, n_data = first_of_all(own_inputs, own_data, device, comm)
+    with together(comm):
+        _warn_unseen(train_loader, own_data, n_data)
+        with all_paths_on(model):
+            check_rules(model, weights, first_inputs)
+            require_influence(model, hyperparameters, first_inputs)
+            scale = function_scale(model, weights, first_inputs)
+        built, by_function = _prior(model, weights, prior, prior_prec_init, parameters)
+    return Problem(
+        model, weights, parameters, train_loader,
+        train_loader if marglik_loader is None else marglik_loader,
+        batch_fn, likelihood, built, by_function, scale, first_inputs, options, schedule, n_data,
+        seed, _cache(model, hyperparameters) if comm.size == 1 else None, hyperparameters, comm,
+    )  # fmt: skip
+
+
+def read_data(
+    loader: Iterable[Any],
+    device: torch.device,
+    batch_fn: Callable[[Any], tuple[Any, Any]] | None,
+    comm: Comm,
+    first: int = 0,
+) -> Iterator[Batch]:
+    """The data of this process, of batches from ``first`` on; of several ranks some have none."""
+    least = 1 if comm.size == 1 and not first else 0
+    return read_batches(loader, device, batch_fn, least=least, first=first)
+
+
+def _prior(
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    prior: str | Mapping[str, str] | GaussianPrior,
+    prior_prec_init: str | float | Mapping[str, float],
+    parameters: str | Sequence[str],
+) -> tuple[GaussianPrior, bool]:
+    """The prior, and whether its precisions begin at function scale."""
     by_function = isinstance(prior_prec_init, str)
     if by_function and prior_prec_init != "function-scale":
         raise ConfigError(f"prior_prec_init={prior_prec_init!r}: use 'function-scale' or numbers")
@@ -128,17 +171,9 @@ def first_look(
                 f"prior is about other weights than the model: "
                 f"{sorted(prior.groups.keys() ^ weights.keys())}"
             )
-        built, by_function = prior, False
-    else:
-        initial = 1.0 if isinstance(prior_prec_init, str) else prior_prec_init
-        built = GaussianPrior(model, prior, initial, parameters)
-    return Problem(
-        model, weights, parameters, train_loader,
-        train_loader if marglik_loader is None else marglik_loader,
-        batch_fn, likelihood, built, by_function, scale,
-        first.inputs,
-        options, schedule, n_data, seed, _cache(model, hyperparameters), hyperparameters,
-    )  # fmt: skip
+        return prior, False
+    initial = 1.0 if isinstance(prior_prec_init, str) else prior_prec_init
+    return GaussianPrior(model, prior, initial, parameters), by_function
 
 
 def _cache(model: nn.Module, hyperparameters: Mapping[str, Tensor]) -> InputCovCache | None:
@@ -164,11 +199,13 @@ def _refuse_augmentation(train_loader: Iterable[Any], marglik_loader: Iterable[A
         )
 
 
-def _warn_unseen(loader: Iterable[Any], n_data: int) -> None:
+def _warn_unseen(loader: Iterable[Any], n_own: int, n_data: int) -> None:
     dataset = getattr(loader, "dataset", None)
     if dataset is None or not hasattr(dataset, "__len__"):
         return
-    unseen = len(dataset) - n_data
+    # ranks have data sets of their own, or loaders that take their share of one for all
+    seen = n_own if n_data > len(dataset) else n_data
+    unseen = len(dataset) - seen
     if unseen > 0:
         warnings.warn(
             f"{unseen} of {len(dataset)} samples unseen in a pass over the loader (drop_last or a "
@@ -180,8 +217,8 @@ def _warn_unseen(loader: Iterable[Any], n_data: int) -> None:
 
 def _read_once(
     model: nn.Module, batches: Iterable[Batch], likelihood: Likelihood
-) -> tuple[Batch, int]:
-    """First batch and number of data; every target is checked before anything is trained."""
+) -> tuple[Any, int]:
+    """First inputs, if any, and number of data; all targets are checked before any training."""
     first, template, n_data = None, None, 0
     for batch in batches:
         if first is None or template is None:
@@ -192,9 +229,7 @@ def _read_once(
         except DataError as error:
             raise DataError(f"batch {batch.index}: {error}") from error
         n_data += len(batch)
-    if first is None:
-        raise DataError("loader yielded 0 samples")
-    return first, n_data
+    return None if first is None else first.inputs, n_data
 
 
 def _outputs(model: nn.Module, batch: Batch) -> Tensor:

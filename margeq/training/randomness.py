@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -19,6 +19,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from margeq.distributed.shards import ShareOrder
 from margeq.training.guards import generators_of, random_devices
 
 __all__ = ["Randomness"]
@@ -72,6 +73,32 @@ class Randomness:
         np.random.set_state(state["numpy"])
         for generator, value in zip(generators_of(self._loaders), state["generators"], strict=True):
             generator.set_state(value)
+
+    def on_other_ranks(self, stored: Mapping[str, Any], seed: int) -> dict[str, Any]:
+        """A state to go on with from one of another number of ranks.
+
+        Args:
+            stored: that of rank 0; orders that all ranks share go on from there.
+            seed: of this rank's numbers from now on.
+
+        Returns:
+            As from :meth:`state_dict`.
+        """
+        with torch.random.fork_rng(devices=self._devices):
+            torch.manual_seed(seed)
+            return {**self.state_dict(), "generators": self.shared_orders(stored["generators"])}
+
+    def shared_orders(self, stored: Sequence[Tensor]) -> list[Tensor]:
+        """States of the loaders' generators: stored ones of orders that all ranks share."""
+        shared = [getattr(loader, "batch_sampler", None) for loader in self._loaders]
+        shared = [order.generator for order in shared if isinstance(order, ShareOrder)]
+        pairs = list(zip(generators_of(self._loaders), stored, strict=False))
+        live = [generator.get_state() for generator in generators_of(self._loaders)]
+        found = [value if generator in shared else None for generator, value in pairs]
+        return [
+            own if value is None else value
+            for own, value in zip(live, [*found, *[None] * (len(live) - len(found))], strict=True)
+        ]
 
     def describe(self) -> list[dict[str, Any]]:
         """What decides the order of each loader, for comparisons."""
@@ -130,6 +157,8 @@ def _is_known(loader: Any) -> bool:
 
 
 def _is_plain(batches: Any) -> bool:
+    if type(batches) is ShareOrder:
+        return True
     return type(batches) is BatchSampler and isinstance(batches.sampler, _KNOWN_SAMPLERS)
 
 

@@ -16,6 +16,7 @@ from margeq.training.history import Callback, Event, History
 from margeq.training.outcome import Outcome
 from margeq.training.problem import Problem
 from margeq.training.randomness import Randomness
+from margeq.training.ranks import error_of_first, rank_seed
 from margeq.training.run import Run
 from margeq.training.saving import Saving
 from margeq.training.starts import Start
@@ -48,9 +49,10 @@ class Restarts:
     ) -> None:
         self._p, self._starts, self._origin, self._emit = problem, starts, origin, emit
         self._settings, self._saving = settings, saving
-        self._bookmark = Bookmark(
-            problem.train_loader, randomness, saving.is_wanted, self._after_step
-        )
+        can_go_on = saving.is_wanted and randomness.is_known(problem.train_loader)
+        inside = not problem.comm.any(not can_go_on)
+        loader = problem.train_loader
+        self._bookmark = Bookmark(loader, randomness, inside, saving, self.state_dict)
         self._outcomes: list[Outcome] = []
         self._run: Run | None = None
         self._resumed: Mapping[str, Any] | None = None
@@ -119,11 +121,13 @@ class Restarts:
             return run.outcome()
         except CurvatureError as error:
             self._bookmark.close()
-            return run.failure(error)
+            return run.failure(error_of_first(self._p.comm, error))
 
     def _begun(self, start: Start) -> Run:
         """A run at its start, or where a checkpoint left it."""
-        run = Run(self._p, start, self._emit, self._bookmark)
+        run, rank = Run(self._p, start, self._emit, self._bookmark), self._p.comm.rank
+        if rank:  # the start is that of all ranks, random numbers are each rank's own
+            torch.manual_seed(rank_seed(self._p.seed, rank))
         if self._resumed is not None:
             with trusting("the checkpoint"):
                 run.load_state_dict(self._resumed)
@@ -157,6 +161,3 @@ class Restarts:
         if self._p.cache is not None and state["cache"] is not None:
             self._p.cache.load_state_dict(state["cache"], self._p.device)
         self._resumed = state if "model" in state else None
-
-    def _after_step(self) -> None:
-        self._saving.after_step(self.state_dict if self._bookmark.is_possible else None)

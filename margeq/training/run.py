@@ -14,8 +14,10 @@ from torch import Tensor
 
 from margeq.accumulation import CurvatureState
 from margeq.checkpoint import require_same_tensors
+from margeq.comm import require_equal
+from margeq.distributed.eigen import decompose
 from margeq.errors import CurvatureError, NonFiniteError
-from margeq.laplace import Spectrum, decompose, effective_parameters, evidence
+from margeq.laplace import Spectrum, effective_parameters, evidence
 from margeq.likelihoods import Gaussian
 from margeq.paths import path_prefixes, path_sums
 from margeq.training.bookmark import Bookmark
@@ -32,6 +34,7 @@ from margeq.training.proximal import (
     build_scheduler,
     scheduler_state,
 )
+from margeq.training.ranks import tensors_that_agree
 from margeq.training.solvers import hyper_solver
 from margeq.training.starts import Start, apply_start, draw_path
 from margeq.training.switching import PathSwitch
@@ -122,8 +125,9 @@ class Run:
         """One curvature pass after the last epoch, and the hyperparameter steps on it."""
         epoch = self.epoch
         began = time.perf_counter()
+        self._require_alike()
         state = self._passes.curvature(epoch, self._likelihood)
-        spectrum = decompose(state)
+        spectrum = decompose(state, self._p.comm)
         self._solver.refresh(spectrum, self._prior, self._likelihood)
         terms = evidence(spectrum, self._prior, self._likelihood)
         value = float(terms.total)
@@ -143,7 +147,7 @@ class Run:
             sigma_noise=None if noise is None else float(noise),
             captured_trace=state.captured_trace,
             clamped=spectrum.clamped,
-            seconds=time.perf_counter() - began,
+            seconds=self._p.comm.gather(time.perf_counter() - began)[0],
             hyperparameters={
                 name: tensor.detach().flatten().tolist()
                 for name, tensor in self._p.hyperparameters.items()
@@ -164,8 +168,17 @@ class Run:
         if p.hyperparameters and p.schedule.hyper_solver != "fixed":
             self._network.step(
                 state, self._prior, self._likelihood, p.marglik_loader, p.draws(epoch),
-                batch_fn=p.batch_fn,
+                batch_fn=p.batch_fn, comm=p.comm,
             )  # fmt: skip
+
+    def _require_alike(self) -> None:
+        """Ranks that have drifted apart would decide differently from here on."""
+        if self._p.comm.size == 1:
+            return
+        logs = {f"log precision of {n}": v for n, v in self._prior.log_prior_precision.items()}
+        noise = self._likelihood.hyperparameters
+        tensors = tensors_that_agree(self._p.model, self._p.train_loader, self._p.marglik_loader)
+        require_equal(self._p.comm, {**tensors, **self._p.hyperparameters, **logs, **noise})
 
     def _keep_best(self, epoch: int, value: float, spectrum: Spectrum) -> None:
         if self._best is not None and value <= self._best.log_marginal_likelihood:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,20 @@ from margeq.checkpoint import (
     run_lock,
     trusting,
 )
+from margeq.comm import ALONE, Comm, together
 from margeq.errors import CheckpointMismatch, ConfigError, DeterminismWarning
 from margeq.training.guards import Rewind
 from margeq.training.problem import Problem
 from margeq.training.randomness import Randomness
 from margeq.training.restarts import Restarts
 from margeq.training.settings import require_same_settings
+from margeq.training.shared_checkpoints import (
+    SharedWriter,
+    Writer,
+    n_ranks_of,
+    on_this_rank,
+    share_checkpoint,
+)
 
 __all__ = ["RunDirectory", "as_checkpoints", "open_directory"]
 
@@ -46,8 +54,12 @@ def as_checkpoints(where: str | Path | Checkpoints | None) -> Checkpoints | None
 
 
 @contextmanager
-def open_directory(options: Checkpoints | None, resume: bool) -> Iterator[RunDirectory]:
+def open_directory(
+    options: Checkpoints | None, resume: bool, comm: Comm = ALONE
+) -> Iterator[RunDirectory]:
     """Lock the directory, and read its newest valid checkpoint if the run is to be resumed.
+
+    Rank 0 does so for all.
 
     Yields:
         The directory, also for no options.
@@ -56,22 +68,28 @@ def open_directory(options: Checkpoints | None, resume: bool) -> Iterator[RunDir
         CheckpointError: if it is in use, cannot be written to, or holds nothing that is valid.
     """
     if options is None:
-        yield RunDirectory(None, None, None)
+        yield RunDirectory(None, None, None, comm)
         return
-    store = CheckpointStore(Path(options.directory), options.keep)
-    with run_lock(store.directory):
-        store.clean()
-        found = store.load_latest() if resume else None
-        yield RunDirectory(store, found, options)
+    path, store, found = Path(options.directory), None, None
+    with ExitStack() as stack:
+        with together(comm):
+            if comm.rank == 0:
+                store = CheckpointStore(path, options.keep)
+                stack.enter_context(run_lock(path))
+                store.clean()
+                found = store.load_latest() if resume else None
+        found = share_checkpoint(comm, found)
+        yield RunDirectory(store, found, options, comm)
 
 
 class RunDirectory:
     """What one call does with its directory; nothing at all without one.
 
     Args:
-        store: of checkpoints.
+        store: of checkpoints, on rank 0.
         found: where to go on.
-        options: as in :class:`Checkpoints`.
+        options: as in :class:`Checkpoints`, if there is a directory.
+        comm: the ranks.
     """
 
     def __init__(
@@ -79,9 +97,12 @@ class RunDirectory:
         store: CheckpointStore | None,
         found: Checkpoint | None,
         options: Checkpoints | None,
+        comm: Comm,
     ) -> None:
         self._store, self._found, self._options = store, found, options
-        self._path = None if store is None else store.directory
+        self._path = None if options is None else Path(options.directory)
+        self._comm = comm
+        self._n_ranks = comm.size  # of the checkpoint
 
     def seed(self, given: int | None, drawn: int) -> int:
         """The seed of the call: that of the checkpoint, unless there is another reason."""
@@ -89,10 +110,10 @@ class RunDirectory:
             return given
         if self._found is None:
             return drawn
-        with trusting(f"the checkpoint in {self._path}"):
+        with together(self._comm), trusting(f"the checkpoint in {self._path}"):
             return int(self._found.state["place"]["seed"])
 
-    def begin_at(self, origin: Rewind, settings: Mapping[str, Any]) -> None:
+    def begin_at(self, origin: Rewind, settings: Mapping[str, Any], randomness: Randomness) -> None:
         """Check that the checkpoint is that of this call; put the model where that one began.
 
         Raises:
@@ -100,23 +121,31 @@ class RunDirectory:
         """
         if self._found is None:
             return
-        with trusting(f"the checkpoint in {self._path}"):
+        with together(self._comm), trusting(f"the checkpoint in {self._path}"):
+            if self._comm.rank == 0:  # its loaders are described; other arguments are the same
+                require_same_settings(self._found.state["settings"], settings)
+            self._n_ranks = n_ranks_of(self._found)
+            self._found = on_this_rank(self._found, self._comm, randomness)
             stored = self._found.state
-            require_same_settings(stored["settings"], settings)
             live = origin.state_dict()
             for part in ("model", "held"):
                 require_same_tensors(stored["origin"][part], live[part], f"the {part} state")
             origin.load_state_dict(stored["origin"])
             origin()
 
-    def writer(self, problem: Problem) -> CheckpointWriter | None:
-        """Writes checkpoints that name dtype, device and seed."""
-        if self._store is None or self._options is None:
+    def writer(self, problem: Problem) -> Writer | None:
+        """Writes checkpoints that name dtype, device, seed and number of ranks."""
+        if self._options is None:
             return None
-        options = self._options
-        return CheckpointWriter(
-            self._store, options.max_overhead, _environment(problem), options.longest_gap
-        )
+        writer = None
+        if self._store is not None:
+            writer = CheckpointWriter(
+                self._store,
+                self._options.max_overhead,
+                _environment(problem),
+                self._options.longest_gap,
+            )
+        return writer if self._comm.size == 1 else SharedWriter(writer, self._comm)
 
     @property
     def next_number(self) -> int:
@@ -130,10 +159,11 @@ class RunDirectory:
             CheckpointMismatch: if the checkpoint is about another number of data.
         """
         if self._found is None:
-            if self._store is not None:
-                self._store.clear()
+            with together(self._comm):
+                if self._store is not None:
+                    self._store.clear()
             return
-        with trusting(f"the checkpoint in {self._path}"):
+        with together(self._comm), trusting(f"the checkpoint in {self._path}"):
             n_data = self._found.state["place"]["n_data"]
             if n_data != problem.n_data:
                 raise CheckpointMismatch(
@@ -141,8 +171,9 @@ class RunDirectory:
                     f"{problem.n_data}; resume with the same data"
                 )
             restarts.load_state_dict(self._found.state)
-        if not restarts.is_finished:
-            self._warn(_environment(problem), randomness)
+        with together(self._comm):
+            if not restarts.is_finished:
+                self._warn(_environment(problem), randomness)
 
     def _warn(self, environment: Mapping[str, Any], randomness: Randomness) -> None:
         assert self._found is not None
@@ -151,10 +182,11 @@ class RunDirectory:
         changed = [
             f"{name} {stored.get(name)!r} there, {value!r} here"
             for name, value in here.items()
-            if stored.get(name) != value
+            if stored.get(name, 1 if name == "ranks" else None) != value
         ]
         if changed:
-            message = f"resumed under other conditions ({'; '.join(changed)}): last digits differ"
+            what = "last digits" if self._n_ranks == self._comm.size else "random numbers"
+            message = f"resumed under other conditions ({'; '.join(changed)}): {what} differ"
             warnings.warn(message, DeterminismWarning, stacklevel=4)
         unknown = randomness.unknown_orders()
         if unknown:
@@ -174,4 +206,5 @@ def _environment(problem: Problem) -> dict[str, Any]:
         "dtype": "/".join(sorted(dtypes)),
         "device": problem.device.type,
         "seed": problem.seed,
+        "ranks": problem.comm.size,
     }

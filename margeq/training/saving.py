@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from margeq.checkpoint import CheckpointWriter
+from margeq.comm import ALONE, Comm
 from margeq.errors import CheckpointError, CheckpointWarning
 from margeq.training.interruption import Interruption, Stopped
+from margeq.training.shared_checkpoints import Writer
 
 __all__ = ["Saving"]
 
@@ -28,12 +29,18 @@ class Saving:
         writer: of checkpoints, if any.
         interruption: signals.
         first: number of the first checkpoint.
+        comm: ranks that save and stop together.
     """
 
     def __init__(
-        self, writer: CheckpointWriter | None, interruption: Interruption, first: int = 0
+        self,
+        writer: Writer | None,
+        interruption: Interruption,
+        first: int = 0,
+        comm: Comm = ALONE,
     ) -> None:
         self._writer, self._interruption, self._number = writer, interruption, first
+        self._comm = comm
 
     @property
     def is_wanted(self) -> bool:
@@ -50,13 +57,24 @@ class Saving:
         Raises:
             Stopped: if it is.
         """
-        if self._interruption.requested is not None:
+        if self._is_asked_to_stop():
             self._stop(capture, evidence)
         elif self._writer is not None and self._writer.is_due():
             self._write(capture, evidence)
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether there are no other ranks."""
+        return self._comm.size == 1
+
+    def is_needed(self, is_possible: bool) -> bool:
+        """Whether to call :meth:`after_step`; ``is_possible``: to go on from inside an epoch."""
+        if self._interruption.requested is not None:
+            return True
+        return is_possible and self._writer is not None and self._writer.is_overdue()
+
     def after_step(self, capture: Capture | None) -> None:
-        """The same inside an epoch, where checkpoints are rarer.
+        """The same inside an epoch, where checkpoints are rarer; on all ranks if one needs it.
 
         Args:
             capture: gives the state, ``None`` where it cannot be gone on with from inside.
@@ -64,9 +82,9 @@ class Saving:
         Raises:
             Stopped: if the call is asked to stop.
         """
-        if self._interruption.requested is not None:
+        if self._is_asked_to_stop():
             self._stop(capture)
-        elif self._writer is not None and capture is not None and self._writer.is_overdue():
+        elif self._writer is not None and capture is not None:
             self._write(capture)
 
     def steps(self) -> AbstractContextManager[None]:
@@ -80,10 +98,10 @@ class Saving:
         Raises:
             Stopped: if the call is asked to stop.
         """
-        if self._interruption.requested is not None:
+        if self._is_asked_to_stop():
             self._stop(capture)
         before = None
-        if self._writer is not None and self._interruption.listens:
+        if self._writer is not None and self._interruption.stops_in_passes:
             before = {k: v if k in _UNMOVED else _copied(v) for k, v in capture().items()}
         try:
             yield
@@ -101,6 +119,14 @@ class Saving:
         except CheckpointError as error:
             message = f"the run is finished, but its last checkpoint is missing: {error}"
             warnings.warn(message, CheckpointWarning, stacklevel=2)
+
+    def _is_asked_to_stop(self) -> bool:
+        """Whether a signal has come, on whichever rank."""
+        if self._comm.size > 1:
+            heard = [number for number in self._comm.gather(self._interruption.requested) if number]
+            if heard:
+                self._interruption.adopt(heard[0])
+        return self._interruption.requested is not None
 
     def _stop(self, capture: Capture | None, evidence: float | None = None) -> None:
         if self._writer is not None and capture is not None:

@@ -15,7 +15,7 @@ from margeq.errors import CheckpointMismatch
 from margeq.likelihoods import Likelihood
 from margeq.priors import GaussianPrior
 
-__all__ = ["described", "require_same_settings"]
+__all__ = ["described", "flattened", "require_same_settings"]
 
 _MOST_NAMED = 5
 
@@ -56,7 +56,7 @@ def require_same_settings(stored: Mapping[str, Any], live: Mapping[str, Any]) ->
     Raises:
         CheckpointMismatch: naming the arguments that differ, with both values.
     """
-    old, new = dict(_flat(stored)), dict(_flat(live))
+    old, new = flattened(stored), flattened(live)
     differing = [
         f"{name}: {old.get(name)!r} in the checkpoint, {new.get(name)!r} here"
         for name in sorted(old.keys() | new.keys())
@@ -68,6 +68,11 @@ def require_same_settings(stored: Mapping[str, Any], live: Mapping[str, Any]) ->
             f"the checkpoint is that of a call with other arguments ({'; '.join(differing[:5])}"
             f"{more}); use the same ones, another checkpoint_dir, or resume=False to start anew"
         )
+
+
+def flattened(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings by names with dots."""
+    return dict(_flat(settings))
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
