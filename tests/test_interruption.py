@@ -114,6 +114,7 @@ WANTED = [
     ("noise", signal.SIGINT, ("step", 1, 0)),  # in the first epoch, before the first update
     ("noise", SIGNALS[-1], ("first look", 0, 0)),
     ("noise", signal.SIGTERM, ("curvature", 1, 3)),
+    ("noise", signal.SIGINT, ("curvature", 1, 8)),  # the last update
     ("augmented", SIGNALS[-1], ("step", 1, 5)),
     ("augmented", signal.SIGINT, ("curvature", 1, 5)),
     ("groups", signal.SIGTERM, ("curvature", 1, 2)),

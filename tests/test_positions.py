@@ -309,6 +309,7 @@ def test_only_a_loader_that_says_where_it_stands_reads_no_batch_again(tmp_path, 
 def test_a_loader_that_claims_too_much_is_a_data_error(tmp_path):
     class Boasting(PassState):
         resumes_within_pass = True
+        inside = property(lambda self: False, lambda self, value: None)
 
     with pytest.raises(Crash), crash_after(8):
         small(Boasting(), tmp_path)
