@@ -331,7 +331,8 @@ def resume_with_strange_states(directory, seconds, least):
             # a forger who knows the digests can write nonsense of the right structure, such as
             # learning rates for no parameters: torch finds it in a step, nothing is executed
             frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
-            assert "advance" in frames, f"state with another {path}: {error!r}"
+            if "advance" not in frames:
+                raise AssertionError(f"state with another {path}: {error!r}") from error
     return refused, count
 
 
