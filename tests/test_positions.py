@@ -25,8 +25,10 @@ from margeq.checkpoint import Checkpoints, CheckpointStore, CheckpointWriter, wr
 from margeq.data import TensorLoader, random_shift_flip
 from margeq.errors import ConfigError, DataError, DeterminismWarning
 from margeq.training.bookmark import Bookmark
+from margeq.training.interruption import Interruption
 from margeq.training.randomness import Randomness
 from margeq.training.run import Run
+from margeq.training.saving import Saving
 from tests.resume_cases import CASES, digest, pictures, train
 
 ignores_convergence = pytest.mark.filterwarnings("ignore::margeq.errors.ConvergenceWarning")
@@ -516,7 +518,9 @@ def test_batches_can_be_counted_from_anywhere():
 
 
 def test_a_bookmark_between_passes_has_no_position():
-    bookmark = Bookmark(batches(), Randomness(torch.nn.Linear(1, 1), []), wanted=True)
+    saving = Saving(None, Interruption())
+    randomness = Randomness(torch.nn.Linear(1, 1), [])
+    bookmark = Bookmark(batches(), randomness, True, saving, dict)
     assert bookmark.state_dict()["position"] is None
     list(bookmark.rest())
     bookmark.note(5, 40, torch.tensor(1.0))

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -162,6 +164,23 @@ def test_the_low_level_pass_names_unusable_data_too(case):
     error = RuntimeError if case == "D15 uint8" else DataError  # torch's own: one call of a layer
     with unchanged(model), pytest.raises(error):
         accumulate(model, batches)
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Draws from the global random states of all three, and ends with a bad label."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        noise = random.random() + np.random.rand() + float(torch.rand(()))
+        return torch.full((4,), noise), 7 if index == 19 else index % 3
+
+
+def test_a_failure_puts_all_global_random_states_back():
+    model = used()
+    with unchanged(model), pytest.raises(DataError, match="label 7 at index 9"):
+        fit(model, DataLoader(Noisy(), 10))
 
 
 # -- D3: the loader of the evidence ----------------------------------------------------------------

@@ -21,7 +21,7 @@ from margeq.adjoint import Revisit, network_gradient
 from margeq.curvature.forms import BlockCurvature
 from margeq.curvature.kron import BlockKron
 from margeq.curvature.options import KfacOptions
-from margeq.errors import CurvatureError, NumericalWarning
+from margeq.errors import ConvergenceWarning, CurvatureError, NumericalWarning
 from margeq.halving import Halving
 from margeq.laplace import (
     accumulate,
@@ -405,3 +405,23 @@ def test_a_missing_device_is_torch_s_own_error():
         pytest.skip("there is a GPU here")
     with pytest.raises((RuntimeError, AssertionError), match=r"CUDA|NVIDIA"):
         nn.Linear(2, 2).to("cuda")
+
+
+# -- convergence -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lr", "n_epochs", "message"),
+    [(0.05, 3, "still rises .* train longer"), (0.05, 1, "single update .* train longer")],
+)
+def test_an_evidence_that_still_moves_is_announced_and_no_success(lr, n_epochs, message):
+    torch.manual_seed(0)
+    x = torch.randn(60, 4)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    with pytest.warns(ConvergenceWarning, match=message):
+        result = margeq.optimize_marglik(
+            model, [(x, (x[:, 0] > 0).long())], n_epochs=n_epochs, n_epochs_burnin=0,
+            marglik_frequency=1, optimizer_kwargs={"lr": lr}, seed=0, progress="none",
+        )  # fmt: skip
+    assert not result.success
+    assert "train longer" in result.message

@@ -332,7 +332,7 @@ def resume_with_strange_states(directory, seconds, least):
             # learning rates for no parameters: torch finds it in a step, nothing is executed
             frames = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
             if not frames & {"train_epoch", "update"}:
-                raise AssertionError(f"state with another {path}") from error
+                raise AssertionError(f"state with another {path}: {error!r}") from error
     return refused, count
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -47,7 +49,7 @@ class Rewind:
         self._held = [(tensor, tensor.detach().clone(), tensor.grad) for tensor in held]
         self._flags = [(module, module.training) for module in model.modules()]
         self._gradients = [(p, p.grad) for p in model.parameters()]
-        self._random = torch.get_rng_state()
+        self._random = torch.get_rng_state(), random.getstate(), np.random.get_state()
         self._generators = [(g, g.get_state()) for g in generators_of(loaders)]
 
     def __call__(self) -> None:
@@ -85,8 +87,11 @@ class Rewind:
             module.training = training
 
     def restore_random_state(self) -> None:
-        """Put torch's global random state back."""
-        torch.set_rng_state(self._random)
+        """Put the global random states of torch, Python and numpy back."""
+        of_torch, of_python, of_numpy = self._random
+        torch.set_rng_state(of_torch)
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
 
 @contextmanager
