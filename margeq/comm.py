@@ -217,10 +217,10 @@ def agree(comm: Comm, error: Exception | None = None) -> None:
     notes = comm.gather(None if error is None else [type(error).__name__, str(error)])
     rank, (name, message) = next((rank, note) for rank, note in enumerate(notes) if note)
     # ranks that went on from errors of different types would no longer be in step
-    is_own = error is not None and type(error).__name__ == name
-    raised = error if is_own else _error_of_another(rank, name, message)
-    raised._is_known_to_all_ranks = True  # pyright: ignore[reportAttributeAccessIssue]
-    raise raised
+    if error is None or type(error).__name__ != name:
+        error = _error_of_another(rank, name, message)
+    error._is_known_to_all_ranks = True  # pyright: ignore[reportAttributeAccessIssue]
+    raise error
 
 
 def _error_of_another(rank: int, name: str, message: str) -> Exception:

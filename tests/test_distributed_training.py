@@ -167,11 +167,11 @@ def trainings(rank, size):
     if size == 2:
         network = nn.parallel.DistributedDataParallel(network)
     found = [
-        call(network, shuffled_share(), network_gradient="exact", lr_hyp=0.05),
-        call(paths_net(), ordered_share(rank, edges), restarts="auto", **scheduler),
+        call(network, shuffled_share(), network_gradient="exact", lr_hyp=0.05, n_epochs=4),
+        call(paths_net(), ordered_share(rank, edges), restarts="auto", n_epochs=4, **scheduler),
         call(
             paths_net(), ordered_share(rank, edges), marglik_loader=shuffled_share(5),
-            curvature="ekfac", hyper_solver="adam", n_epochs=3,
+            curvature="ekfac", hyper_solver="adam", n_epochs=2, restarts=["symmetric"],
         ),
     ]  # fmt: skip
     return [(numbers(r), digest(r), r.selected, r.n_data) for r in found]

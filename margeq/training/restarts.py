@@ -134,6 +134,8 @@ class Restarts:
         if self._p.cache is not None and state["cache"] is not None:
             self._p.cache.load_state_dict(state["cache"], self._p.device)
         self._resumed = state if "model" in state else None
+        if self.is_finished:  # a last look at the data, in the order that it had
+            self._randomness.load_state_dict(state["random"])
 
     def _save(self, evidence: float | None = None) -> None:
         if self._writer is not None and self._writer.is_due():
