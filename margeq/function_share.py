@@ -50,7 +50,8 @@ def function_variances(
     with together(comm):
         _look(model, layers, batches, own_data)
     if comm.size > 1:
-        _reduce([m for layer in layers.values() for m in layer.moments.values()], comm)
+        moments = [m for layer in layers.values() for m in layer.moments.values()]
+        _reduce(moments, next(model.parameters()).device, comm)
     return {prefix: layer.variances() for prefix, layer in layers.items()}
 
 
@@ -75,14 +76,14 @@ def _look(
             handle.remove()
 
 
-def _reduce(moments: Sequence[_Moments], comm: Comm) -> None:
+def _reduce(moments: Sequence[_Moments], device: torch.device, comm: Comm) -> None:
     """Make the moments of a rank's own data those of all; a rank may have none."""
     shapes = comm.gather([m.shape for m in moments])
     used = []
     for number, own in enumerate(moments):
         owner = next((rank for rank, of in enumerate(shapes) if of[number] is not None), None)
         if owner is not None:  # the path is on
-            own.begin(shapes[owner][number])
+            own.begin(shapes[owner][number], device)
             used.append((own, owner == comm.rank))
     # a sum in which only the owner's numbers are not zero keeps them to the last bit
     shifts = comm.sum(
@@ -139,10 +140,11 @@ class _Moments:
         """That of one datum, with an axis of length 1 in front; ``None`` without data."""
         return list(self.shift.shape) if self.count else None
 
-    def begin(self, shape: Sequence[int]) -> None:
+    def begin(self, shape: Sequence[int], device: torch.device) -> None:
         """Moments of no data of a shape, unless there are data."""
         if not self.count:
-            self.sum = self.squares = self.shift = torch.zeros(shape, dtype=torch.float64)
+            zeros = torch.zeros(shape, dtype=torch.float64, device=device)
+            self.sum = self.squares = self.shift = zeros
 
     def add(self, y: Tensor) -> None:
         """Add the data of one call ``[n, ...]``."""

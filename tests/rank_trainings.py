@@ -112,7 +112,7 @@ def resumable(directory, *, built=0, callbacks=(), dropout=0.3, **options):
     where = None if directory is None else Checkpoints(directory, max_overhead=float("inf"))
     result = call(
         paths_net(dropout), shuffled_share(), checkpoint_dir=where, callbacks=callbacks,
-        **{"restarts": ["symmetric", "free"], "marglik_frequency": 1, **options},
+        **{"restarts": ["symmetric", "free"], "marglik_frequency": 1, "n_epochs": 3, **options},
     )  # fmt: skip
     return digest(result)
 

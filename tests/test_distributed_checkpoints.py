@@ -87,7 +87,7 @@ def stop_at(number):
     def callback(event):
         events.append(event.kind)
         if len(events) == number:
-            raise Stopped
+            raise Stopped(event.kind)
 
     return callback
 
@@ -114,7 +114,7 @@ def interrupted(rank, folder, steps):
 
 # in the first start and in the second; after an epoch, and after an update
 def test_a_stopped_run_is_resumed_bit_for_bit_on_all_ranks(tmp_path):
-    answers = on_ranks(2, interrupted, str(tmp_path), (7, 20))
+    answers = on_ranks(2, interrupted, str(tmp_path), (4, 10))
     for found in answers:
         assert not isinstance(found, Exception), found
         assert len(set(found)) == 1
@@ -142,7 +142,7 @@ def losses(directory, **options):
     where = directory and Checkpoints(directory, max_overhead=float("inf"))
     result = call(
         paths_net(), shuffled_share(), checkpoint_dir=where, restarts=["symmetric", "free"],
-        marglik_frequency=1, **options,
+        **{"marglik_frequency": 1, "n_epochs": 3, **options},
     )  # fmt: skip
     return [loss for restart in result.restarts for loss in restart.history.losses]
 
@@ -158,7 +158,7 @@ def stop_and_go(rank, folder, number):
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3), (3, 2)])
 def test_another_number_of_ranks_goes_on_with_a_warning(tmp_path, before, after):
     run, expected = tmp_path / "run", losses(None)
-    start = on_ranks(before, stop_and_go, str(run), 8) if before > 1 else [stop_and_go(0, run, 8)]
+    start = on_ranks(before, stop_and_go, str(run), 4) if before > 1 else [stop_and_go(0, run, 4)]
     assert start == ["stopped"] * before
     found = on_ranks(after, resumed, str(run)) if after > 1 else [resumed(0, str(run))]
     for mine, said in found:
@@ -212,7 +212,7 @@ def failing(rank, folder):
         except Exception as error:
             found[name] = error
 
-    stopped(folder / "run", 6)
+    stopped(folder / "run", 4)
     attempt("other arguments", lambda: resumable(folder / "run", n_hypersteps=3))
     attempt("some have none", lambda: resumable(folder / "run" if rank == 0 else None))
     attempt("nowhere", lambda: resumable(Path("/proc/no/such/disk")))

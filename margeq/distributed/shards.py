@@ -137,7 +137,7 @@ class ShareOrder:
 
     Example:
         >>> [list(ShareOrder(5, 1, rank, 2)) for rank in range(2)]
-        [[[1], [2]], [[0], [3], [4]]]
+        [[[1], [4]], [[3], [2], [0]]]
     """
 
     def __init__(self, n_data: int, batch_size: int, rank: int, size: int, seed: int = 0) -> None:

@@ -161,3 +161,5 @@ class Restarts:
         if self._p.cache is not None and state["cache"] is not None:
             self._p.cache.load_state_dict(state["cache"], self._p.device)
         self._resumed = state if "model" in state else None
+        if self.is_finished:  # a last look at the data, in the order that it had
+            self._bookmark.load_state_dict(state)
