@@ -1,0 +1,33 @@
+"""What a result depends on besides its configuration."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from margeq import __version__
+
+__all__ = ["threads", "versions"]
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """That many threads for torch while the context is open."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def versions() -> dict[str, str]:
+    """Of margeq, torch and Python."""
+    return {
+        "margeq": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
