@@ -21,6 +21,8 @@ __all__ = [
     "CHECKPOINTS",
     "CONFIG",
     "EVENTS",
+    "LOG",
+    "REQUEST",
     "RESULT",
     "read_command",
     "require_same_config",
@@ -28,6 +30,7 @@ __all__ = [
 ]
 
 CONFIG, EVENTS, RESULT, CHECKPOINTS = "config.json", "events.jsonl", "result.json", "checkpoints"
+REQUEST, LOG = "request.json", "log.txt"
 
 
 def read_command(directory: Path) -> tuple[str, dict[str, Any]]:
