@@ -109,7 +109,8 @@ def _call(flags: Flags) -> int:
 
 
 def _stopped(word: str, stop: BaseException) -> str:
-    return "; ".join([word, *getattr(stop, "__notes__", [])])
+    said = stop.args[0] if stop.args and isinstance(stop.args[0], str) else word
+    return "; ".join([said, *getattr(stop, "__notes__", [])])
 
 
 # -- arguments -----------------------------------------------------------------------------------

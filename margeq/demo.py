@@ -61,13 +61,17 @@ class Listener:
         """Called after each question."""
 
 
-def run_demo(config: DemoConfig, directory: Path, listener: Listener) -> dict[str, Any]:
+def run_demo(
+    config: DemoConfig, directory: Path, listener: Listener, resume: bool = False
+) -> dict[str, Any]:
     """Answer both questions and write ``result.json``, ``events.jsonl`` and figures.
 
     Args:
         config: resolved configuration.
         directory: run directory; created if needed.
         listener: face to report to.
+        resume: go on from the checkpoints in the directory instead of removing them; the
+            configuration has to be that of ``config.json``.
 
     Returns:
         The content of ``result.json``.

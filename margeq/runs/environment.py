@@ -5,10 +5,9 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
-
-from margeq import __version__
 
 __all__ = ["threads", "versions"]
 
@@ -26,8 +25,12 @@ def threads(count: int) -> Iterator[None]:
 
 def versions() -> dict[str, str]:
     """Of margeq, torch and Python."""
+    try:
+        margeq = version("margeq")
+    except PackageNotFoundError:  # run from its sources
+        margeq = "unknown"
     return {
-        "margeq": __version__,
+        "margeq": margeq,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

@@ -31,7 +31,7 @@ from margeq.runs.layout import (
     warn_if_factory_changed,
 )
 from margeq.runs.plain import plain_config
-from margeq.runs.tasks import Task, build, load_factory
+from margeq.runs.tasks import Task, build, load_factory, registered
 
 __all__ = ["execute", "with_task"]
 
@@ -56,7 +56,7 @@ def with_task(config: RunConfig, factory: Path | None) -> RunConfig:
         return config
     if len(names) != 1:
         raise ConfigError(
-            f"task is missing: name one of {', '.join(names or ['digit', 'corner'])} by --task"
+            f"task is missing: name one of {', '.join(names or registered())} by --task"
         )
     return replace(config, task=names[0])
 

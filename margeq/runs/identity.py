@@ -49,7 +49,7 @@ def differences(stored: Mapping[str, Any], live: Mapping[str, Any]) -> list[str]
 
 
 def _flat(value: Any, name: str) -> list[tuple[str, Any]]:
-    if not isinstance(value, Mapping) or not (value or name):
+    if not isinstance(value, Mapping):
         return [(name, value)]
     nested = [_flat(inner, f"{name}.{key}" if name else str(key)) for key, inner in value.items()]
     return [entry for entries in nested for entry in entries]

@@ -41,7 +41,8 @@ def resumable(directory: Path) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:
-        if (directory / CONFIG).exists():
+        said = "margeq resume" in str(stop)
+        if not said and (directory / CONFIG).exists():
             stop.add_note(f"go on with: margeq resume {directory}")
         raise
 

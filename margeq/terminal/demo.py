@@ -26,6 +26,10 @@ __all__ = ["show_demo"]
 def show_demo(config: DemoConfig, resume: bool = False) -> None:
     """Run the demonstration with the face that the terminal and the flags ask for.
 
+    Args:
+        config: from the flags, or from a run directory.
+        resume: go on from the checkpoints there.
+
     Raises:
         ConfigError: for arguments that cannot work, before anything is computed.
     """
@@ -47,7 +51,7 @@ def show_demo(config: DemoConfig, resume: bool = False) -> None:
         # a run that has not settled says so in the table's footer
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", ConvergenceWarning)
-        summary = run_demo(config, directory, face)
+        summary = run_demo(config, directory, face, resume)
     if config.json:
         sys.stdout.write(to_json(summary, indent=1) + "\n")
     else:

@@ -120,11 +120,17 @@ def _named(run: PlannedRun) -> str:
 
 
 def _table(settings: Sequence[Mapping[str, Any]]) -> Table:
+    """Columns in which there is something."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("setting", "runs", "evidence per datum", "layers", "held out", "best"):
-        table.add_column(name)
-    for entry in settings:
-        table.add_row(*map(_lines, _cells(entry)))
+    names = ("setting", "runs", "evidence per datum", "layers", "held out", "best")
+    rows = [_cells(entry) for entry in settings]
+    columns = [(name, [row[i] for row in rows]) for i, name in enumerate(names)]
+    for name, cells in columns:
+        if any(cells):
+            table.add_column(name)
+    filled = [cells for _, cells in columns if any(cells)]
+    for row in zip(*filled, strict=True):
+        table.add_row(*map(_lines, row))
     return table
 
 
