@@ -127,7 +127,7 @@ def _table(settings: Sequence[Mapping[str, Any]]) -> Table:
     columns = [(name, [row[i] for row in rows]) for i, name in enumerate(names)]
     for name, cells in columns:
         if any(cells):
-            table.add_column(name)
+            table.add_column(name, overflow="fold")  # a setting is told by all of its name
     filled = [cells for _, cells in columns if any(cells)]
     for row in zip(*filled, strict=True):
         table.add_row(*map(_lines, row))
@@ -154,6 +154,8 @@ def _cells(entry: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _range(spread: Mapping[str, float]) -> str:
+    if spread["lowest"] == spread["highest"]:
+        return f"{spread['median']:.3f}"
     return f"{spread['median']:.3f} [{spread['lowest']:.3f}, {spread['highest']:.3f}]"
 
 
