@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def finish(out: Path, config: dict) -> None:
-    value = config["arguments"].get("value", 0.0) - 0.25 * config["seed"]
+    value = config["arguments"].get("value", 0.0) - 0.25 * config["seed"] ** 2
     row = {"layer": "layer1", "function_share": 0.5}
     verdict = "selected" if config["seed"] < 2 else "mixed"
     paths = [row | {"path": "conv", "verdict": verdict}, row | {"path": "fc", "verdict": "off"}]
@@ -39,6 +39,7 @@ def main() -> int:
 
     def stop(number: int, frame: object) -> None:
         note(f"signal {number}")
+        time.sleep(0.5)  # a second one would be noted too
         sys.exit(130 if number == signal.SIGINT else 143)
 
     signal.signal(signal.SIGINT, stop)

@@ -399,7 +399,7 @@ def test_a_task_has_to_be_named_where_there_are_several(tmp_path):
     path.write_text(TINY + TINY.replace('"tiny"', '"second"').replace("def tiny", "def second"))
     with pytest.raises(ConfigError, match="task is missing: name one of tiny, second by --task"):
         execute.with_task(RunConfig(), path)
-    with pytest.raises(ConfigError, match="task is missing: name one of corner, digit by --task"):
+    with pytest.raises(ConfigError, match="task is missing: name one of corner, digit"):
         execute.with_task(RunConfig(), None)
 
 

@@ -151,6 +151,9 @@ def test_planning_takes_at_most_half_a_second_and_no_torch(tmp_path, more):
 def test_finished_runs_are_skipped_and_failed_ones_listed(tmp_path, capsys, quickly):
     grid = {"arguments.trouble": ["", "bad", "killed"]}
     path, out = specification(tmp_path, grid=grid, seeds=[0]), tmp_path / "out"
+    killed = read_specification(path, out)[2].directory
+    killed.mkdir(parents=True)
+    (killed / "log.txt").write_text("what an earlier attempt wrote\n")
     assert main(["sweep", str(path), "--out", str(out)]) == 1
     said, err = capsys.readouterr()
     assert err == ""
@@ -308,12 +311,12 @@ def test_a_stopped_sweep_stops_its_runs_once_and_can_go_on(tmp_path, number, cod
     script = SWEEP.format(child=str(CHILD), given=given)
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 30
     while len(calls(out, "begun")) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as a terminal does: to all of its processes
     shown, err = process.communicate(timeout=30)
     assert process.returncode == code, err
     assert err == (
@@ -337,7 +340,7 @@ def test_medians_ranges_and_verdicts_are_those_of_the_directories(tmp_path, caps
     assert [run["state"] for run in found["runs"]] == ["finished"] * 5 + ["begun"]
     one, two = found["settings"]
     assert one["log_marginal_likelihood_per_datum"] == {
-        "median": 0.75, "lowest": 0.5, "highest": 1.0,
+        "median": 0.75, "lowest": 0.0, "highest": 1.0,
     }  # fmt: skip
     assert one["verdicts"] == {"layer1": {"CONV": 2, "mixed": 1}}
     assert one["held_out"]["accuracy"]["median"] == pytest.approx(0.6)
@@ -347,7 +350,7 @@ def test_medians_ranges_and_verdicts_are_those_of_the_directories(tmp_path, caps
     assert (two["finished"], two["runs"]) == (2, 3)
     assert two["log_marginal_likelihood_per_datum"]["median"] == pytest.approx(1.875)
     said = capsys.readouterr().out
-    assert re.search(r"0\.750 \[0\.500,", said)
+    assert re.search(r"0\.750 \[0\.000,", said)
     assert "layer1 CONV 2" in said
     assert "seed 0, free" in said
 

@@ -13,8 +13,10 @@ from rich.console import Console
 from margeq.callbacks import Event, RichProgress
 from margeq.cli import main
 from margeq.effective_dim import EffectiveDimension, PathRow
+from margeq.errors import MargeqError
 from margeq.printable import printable
 from margeq.report.table import symmetry_table
+from margeq.terminal import run as run_face
 from margeq.terminal.answer import show_answer
 from margeq.terminal.progress import Progress
 
@@ -113,7 +115,14 @@ def test_a_bar_by_itself_escapes_too():
     assert SHOWN in out.getvalue()
 
 
-def test_errors_are_one_line_of_text(tmp_path, capsys):
+def test_errors_are_one_line_of_text(tmp_path, capsys, monkeypatch):
+    def fail(flags):
+        raise MargeqError(f"layer {EVIL}\nis bad")
+
+    monkeypatch.setattr(run_face, "show_run", fail)
+    assert main(["run"]) == 1
+    assert capsys.readouterr().err == rf"margeq: layer {SHOWN}\nis bad" + "\n"
+    monkeypatch.undo()
     (tmp_path / "config.json").write_text(json.dumps({"command": EVIL, "config": {}}))
     assert main(["resume", str(tmp_path)]) == 2
     err = capsys.readouterr().err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
@@ -76,7 +75,7 @@ def words(setting: Mapping[str, Any]) -> str:
 def _planned(
     base: Mapping[str, Any], setting: Mapping[str, Any], seed: int, path: Path, out: Path
 ) -> PlannedRun:
-    values = deepcopy(dict(base)) | {"seed": seed}
+    values = dict(base) | {"seed": seed}
     for key, value in setting.items():
         name, _, argument = key.partition(".")
         if argument:
