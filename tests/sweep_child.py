@@ -45,6 +45,8 @@ def main() -> int:
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     note("begun")
+    if os.getpgrp() != os.getpid():
+        note("signals of the terminal come twice")
     arguments = config["arguments"]
     time.sleep(arguments.get("sleep", 0))
     trouble = arguments.get("trouble", "")

@@ -324,6 +324,7 @@ def test_a_stopped_sweep_stops_its_runs_once_and_can_go_on(tmp_path, number, cod
     )
     assert shown.count(": interrupted") == 2
     assert sorted(calls(out, f"signal {int(number)}")) == sorted(calls(out, "begun"))
+    assert calls(out, "signals of the terminal come twice") == []
     assert len(calls(out)) == 4  # the third was never begun
 
 
