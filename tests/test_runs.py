@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -600,3 +601,55 @@ def test_from_the_shell(tmp_path, factory):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert (tmp_path / "runs" / f"tiny-{result['id']}" / "result.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_ctrl_c_in_a_process_of_its_own_costs_nothing_but_time(tmp_path, factory):
+    """Interrupted in its third epoch and resumed: bit for bit the result of the other one."""
+    factory.write_text(TINY + INTERRUPTED)
+    environment = {**os.environ, "PYTHONPATH": str(Path(margeq.__file__).parent.parent)}
+
+    def command(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "margeq.cli", *arguments, "--factory", str(factory), "--quiet"],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    given = ["run", "--task", "interrupted", *FLAGS]
+    stopped = command(*given, "--out", "a", "--arguments", f"folder={tmp_path}")
+    assert stopped.returncode == 130, stopped.stderr
+    assert "margeq resume a" in stopped.stderr.splitlines()[-1]
+    assert not (tmp_path / "a" / "result.json").exists()
+    assert command("resume", "a").returncode == 0
+    assert command(*given, "--out", "b").returncode == 0
+    one, other = (json.loads((tmp_path / d / "result.json").read_text()) for d in "ab")
+    for key in ("log_marginal_likelihood", "prior_precision", "held_out"):
+        assert one[key] == other[key]
+    losses = [result["restarts"][0]["history"]["losses"] for result in (one, other)]
+    assert losses[0] == losses[1]
+
+
+INTERRUPTED = """
+
+class Interrupting(list):
+    def __init__(self, batches, folder):
+        super().__init__(batches)
+        self.folder, self.passes = folder, 0
+
+    def __iter__(self):
+        import os, pathlib, signal
+        self.passes += 1
+        if self.folder and self.passes == 6:
+            scar = pathlib.Path(self.folder, "scar")
+            if not scar.exists():
+                scar.touch()
+                os.kill(os.getpid(), signal.SIGINT)
+        return super().__iter__()
+
+
+@register_task("interrupted")
+def interrupted(seed, folder=""):
+    task = tiny(seed)
+    return Task(task.model, Interrupting(task.train_loader, folder), held_out=task.held_out)
+"""
