@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         laplace,
         layers,
         models,
+        runs,
         testing,
     )
     from margeq.curvature.io import LinearIO, register_kfac_rule
@@ -61,6 +62,7 @@ __all__ = [
     "named_weights",
     "optimize_marglik",
     "register_kfac_rule",
+    "runs",
     "testing",
 ]
 
@@ -76,6 +78,7 @@ _NAMESPACES = (
     "laplace",
     "layers",
     "models",
+    "runs",
     "testing",
 )
 _HOMES = {

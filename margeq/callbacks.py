@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from margeq.errors import ConfigError
+from margeq.printable import printable
 from margeq.training.history import Callback, Event
 
 __all__ = ["Callback", "Event", "JsonlCallback", "RichProgress", "progress_callback", "to_json"]
@@ -68,7 +69,7 @@ class RichProgress:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.completed}/{task.total}"),
             TimeElapsedColumn(),
@@ -96,7 +97,7 @@ class RichProgress:
     def __call__(self, event: Event) -> None:
         """Follow the run."""
         if event.kind == "start":
-            label = f"{event.data.get('title', '')} {event.data['start']}".strip()
+            label = printable(f"{event.data.get('title', '')} {event.data['start']}".strip())
             self._loss = self._evidence = ""
             done, total = event.data.get("epoch", 0), event.data["n_epochs"]
             self._task = self._progress.add_task(label, total=total, completed=done, status="")

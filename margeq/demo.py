@@ -6,35 +6,29 @@
 
 from __future__ import annotations
 
-import platform
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils.data import DataLoader, TensorDataset
 
-from margeq import __version__
-from margeq.callbacks import Callback, Event, JsonlCallback, to_json
+from margeq.callbacks import Callback, Event, JsonlCallback
 from margeq.checkpoint import CheckpointStore, run_lock
 from margeq.config import DemoConfig
-from margeq.data import ImageTask, place_digits
-from margeq.errors import ConfigError
-from margeq.models import digit_network
 from margeq.optimize import MargLikResult, optimize_marglik
 from margeq.report.figures import save_figures
+from margeq.runs.environment import threads, versions
+from margeq.runs.files import mend_lines, write_json, writing
+from margeq.runs.held_out import accuracy
+from margeq.runs.layout import CHECKPOINTS, CONFIG, EVENTS, RESULT
+from margeq.runs.questions import question_task
+from margeq.runs.tasks import Task
 
 __all__ = ["Answer", "Listener", "run_demo"]
 
 Question = Literal["digit", "corner"]
-_CLASSES = {"digit": 10, "corner": 4}
 _CONV_ONLY = "corner-conv-only"
-_BATCH, _CURVATURE_BATCH = 128, 512
 
 
 @dataclass(frozen=True)
@@ -104,109 +98,80 @@ def run_demo(
 def _answer_all(
     config: DemoConfig, directory: Path, listener: Listener, resume: bool
 ) -> dict[str, Any]:
-    with _writing(directory):
+    with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         # of an earlier run in the same place; also shows before the work that writing is possible
-        (directory / "result.json").unlink(missing_ok=True)
-        (directory / "config.json").write_text(to_json(asdict(config), indent=1) + "\n", "utf-8")
-        with (directory / "events.jsonl").open("a" if resume else "w", encoding="utf-8"):
-            pass
+        (directory / RESULT).unlink(missing_ok=True)
+        if not resume:
+            (directory / EVENTS).write_text("", encoding="utf-8")
+    mend_lines(directory / EVENTS)
+    write_json(directory / CONFIG, {"command": "demo", "config": asdict(config)})
     if not resume:
         _remove_checkpoints(directory)
     summary: dict[str, Any] = {
         "config": asdict(config),
-        "versions": {
-            "margeq": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "threads": config.threads,
         "questions": {},
     }
     for question in config.questions:
-        with _threads(config.threads):
+        with threads(config.threads):
             answer = _answer(question, config, directory, listener)
         summary["questions"][question] = _plain(answer)
         listener.answered(answer)
-    with _writing(directory):
-        text = to_json(summary, indent=1)
-        (directory / "result.json").write_text(text + "\n", encoding="utf-8")
+    write_json(directory / RESULT, summary)
     return summary
 
 
 def _checkpoints(directory: Path, name: str) -> Path:
-    return directory / "checkpoints" / name
+    return directory / CHECKPOINTS / name
 
 
 def _remove_checkpoints(directory: Path) -> None:
     """Those of questions that are not asked again too: they are about another run."""
-    for name in (*_CLASSES, _CONV_ONLY):
+    for name in ("digit", "corner", _CONV_ONLY):
         where = _checkpoints(directory, name)
         if where.is_dir():
             with run_lock(where):
                 CheckpointStore(where).clear()
 
 
-@contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        place, reason = error.filename or directory, error.strerror or error
-        raise ConfigError(f"cannot write to {place}: {reason}") from error
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """That many threads for torch while the context is open."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _answer(question: Question, config: DemoConfig, directory: Path, listener: Listener) -> Answer:
     began = time.perf_counter()
-    task = place_digits(question, seed=config.seed).standardised()
-    network = digit_network(_CLASSES[question])
+    task = question_task(question, config.seed)
     callbacks = [_log(directory, question), *listener.callbacks(question)]
     restarts = "auto" if config.restarts == "auto" else config.restarts.split(",")
     where = _checkpoints(directory, question)
-    result = _train(network, task, config, restarts, callbacks, where)
+    result = _train(task, config, restarts, callbacks, where)
     conv_only = None
     if question == "corner":
-        plain = digit_network(_CLASSES[question], paths=("conv",))
+        plain = question_task(question, config.seed, paths=("conv",))
         face, where = listener.callbacks("corner, CONV only"), _checkpoints(directory, _CONV_ONLY)
-        alone = _train(plain, task, config, "symmetric", face, where)
-        conv_only = (_accuracy(plain, task), alone.log_marginal_likelihood / alone.n_data)
-    with _writing(directory):
+        alone = _train(plain, config, "symmetric", face, where)
+        conv_only = (accuracy(plain), alone.log_marginal_likelihood / alone.n_data)
+    with writing(directory):
         figures = save_figures(result, directory, f"{question}-")
     seconds = time.perf_counter() - began
-    return Answer(question, result, _accuracy(network, task), conv_only, seconds, figures)
+    return Answer(question, result, accuracy(task), conv_only, seconds, figures)
 
 
 def _train(
-    network: nn.Module,
-    task: ImageTask,
+    task: Task,
     config: DemoConfig,
     restarts: str | list[str],
     callbacks: list[Callback],
     checkpoint_dir: Path,
 ) -> MargLikResult:
-    data = TensorDataset(task.train_images, task.train_labels)
-    loader = DataLoader(data, _BATCH, shuffle=True)
     return optimize_marglik(
-        network,
-        loader,
-        marglik_loader=DataLoader(data, _CURVATURE_BATCH),
+        task.model,
+        task.train_loader,
+        marglik_loader=task.marglik_loader,
         n_epochs=config.epochs,
         n_epochs_burnin=min(6, config.epochs),
         marglik_frequency=3,
         optimizer_kwargs={"lr": 0.01},
         scheduler_cls=CosineAnnealingLR,
-        scheduler_kwargs={"T_max": config.epochs * len(loader)},
+        scheduler_kwargs={"T_max": config.epochs * task.n_batches},
         restarts=restarts,
         seed=config.seed,
         callbacks=callbacks,
@@ -216,20 +181,13 @@ def _train(
 
 
 def _log(directory: Path, question: str) -> Callback:
-    write = JsonlCallback(directory / "events.jsonl")
+    write = JsonlCallback(directory / EVENTS)
 
     def log(event: Event) -> None:
-        with _writing(directory):
+        with writing(directory):
             write(Event(event.kind, {"question": question, **event.data}))
 
     return log
-
-
-@torch.no_grad()
-def _accuracy(network: nn.Module, task: ImageTask) -> float:
-    network.eval()
-    predictions: Tensor = network(task.test_images).argmax(1)
-    return float((predictions == task.test_labels).double().mean())
 
 
 def _plain(answer: Answer) -> dict[str, Any]:

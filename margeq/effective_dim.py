@@ -148,6 +148,7 @@ class EffectiveDimension:
             ],
             "selected": dict(self.selected),
             "subsets": {name: subset.to_dict() for name, subset in self.subsets.items()},
+            "subset_lines": self.subset_lines,
         }
 
     def __str__(self) -> str:

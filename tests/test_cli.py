@@ -12,10 +12,11 @@ import sys
 import pytest
 import torch
 
-from margeq import __version__, terminal
+from margeq import __version__
 from margeq.callbacks import Event, JsonlCallback, to_json
 from margeq.cli import main
 from margeq.errors import DistributedMismatchError
+from margeq.terminal import demo as demo_face
 
 QUICK = ["demo", "--epochs", "6", "--questions", "corner", "--restarts", "symmetric"]
 FIGURES = {"corner-evidence.png", "corner-precisions.png", "corner-effective.png"}
@@ -98,7 +99,7 @@ def test_an_error_without_a_code_of_its_own_is_code_1(capsys, monkeypatch):
     def fail(config):
         raise DistributedMismatchError("ranks differ")
 
-    monkeypatch.setattr(terminal, "show_demo", fail)
+    monkeypatch.setattr(demo_face, "show_demo", fail)
     assert main(["demo"]) == 1
     assert capsys.readouterr().err == "margeq: ranks differ\n"
 

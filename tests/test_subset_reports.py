@@ -22,8 +22,9 @@ from margeq.models import group_digit_network
 from margeq.report.figures import save_figures
 from margeq.report.palette import REFLECTIONS, ROTATIONS
 from margeq.report.polar import subset_figure
-from margeq.report.table import subset_lines, symmetry_table
-from margeq.terminal import _Face
+from margeq.report.table import symmetry_table
+from margeq.report.text import as_text
+from margeq.terminal.demo import _Face
 
 pytestmark = pytest.mark.filterwarnings("ignore::margeq.errors.ConvergenceWarning")
 
@@ -68,19 +69,19 @@ def test_without_gates_nothing_is_said():
     dimension = EffectiveDimension((), ())
     assert len(str(dimension).splitlines()) == 2
     assert dimension.to_dict()["subsets"] == {}
-    assert subset_lines(dimension) == []
+    assert dimension.subset_lines == []
     assert drawn(nn.Linear(2, 2)) is None
 
 
 def test_lines_below_the_table():
     subsets = {"a.paths.b.gate": GroupGate(P4M, 85 / 180, 0.0).learned_subset()}
     dimension = EffectiveDimension((), (), {}, subsets)
-    assert subset_lines(dimension) == ["a b: rotations within ±85°, reflections off"]
+    assert dimension.subset_lines == ["a b: rotations within ±85°, reflections off"]
     odd = EffectiveDimension((), (), {}, {"[bold]": GroupGate(P4).learned_subset()})
     out = io.StringIO()
     console = Console(file=out, width=100)
     console.print(symmetry_table(odd, "title"))
-    console.print(subset_lines(odd)[0])
+    console.print(as_text(odd.subset_lines[0]))
     assert "[bold]: rotations within ±144°" in out.getvalue()
 
 

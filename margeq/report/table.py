@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from margeq.effective_dim import EffectiveDimension, PathRow
+from margeq.report.text import as_text
 
-__all__ = ["subset_lines", "symmetry_table"]
+__all__ = ["symmetry_table"]
 
 _BAR = 7
 _STYLES = {"selected": "bold green", "mixed": "yellow", "off": "dim"}
 
 
 def symmetry_table(dimension: EffectiveDimension, title: str) -> Table:
-    """A rich table with one row per layer and path; names are escaped."""
+    """A rich table with one row per layer and path; names are plain text."""
     table = Table(
-        title=escape(title),
+        title=as_text(title),
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
@@ -34,15 +34,10 @@ def symmetry_table(dimension: EffectiveDimension, title: str) -> Table:
     return table
 
 
-def subset_lines(dimension: EffectiveDimension) -> list[str]:
-    """One line per gate, for below the table; names are escaped."""
-    return [escape(line) for line in dimension.subset_lines]
-
-
 def _cells(row: PathRow) -> list[str]:
     return [
-        escape(row.layer),
-        escape(row.path.upper()),
+        as_text(row.layer),
+        as_text(row.path.upper()),
         f"{row.parameters:,}",
         f"{row.prior_precision:.3g}",
         f"{row.effective:.1f}",
