@@ -143,6 +143,27 @@ def test_a_signal_at_many_batches_is_gone_on_with_bit_for_bit(case, tmp_path):
         check_place(case, number, SIGNALS[turn % len(SIGNALS)], tmp_path / str(number))
 
 
+def test_what_an_update_has_moved_already_is_not_saved(tmp_path):
+    """Moments of the solver's Adam have moved when hyperparameters inside the network are."""
+    options = {"hyper_solver": "adam", "n_hypersteps": 2, "restarts": ["current"], "n_epochs": 4}
+    expected, events = digest(train("lengthscales", **options)), []
+
+    def batch_fn(raw):
+        names = {frame.name for frame in traceback.extract_stack()}
+        if "network_gradient" in names and len(events) > 5:
+            signal.raise_signal(signal.SIGINT)
+            events.clear()
+        return raw
+
+    stopped(
+        train, signal.SIGINT, "lengthscales", tmp_path, batch_fn=batch_fn, overhead=SELDOM,
+        callbacks=[events.append], **options,
+    )  # fmt: skip
+    found = CheckpointStore(tmp_path).load_latest().state["progress"]["history"]
+    assert len(found["losses"]) > len(found["updates"]) + 1 > 1  # of the update nothing is left
+    assert digest(train("lengthscales", tmp_path, built=4, **options)) == expected
+
+
 def test_run_after_run_is_stopped_and_ends_alike(tmp_path):
     result, stops = None, 0
     while result is None:
@@ -261,6 +282,23 @@ def test_the_step_in_progress_is_the_last_one(tmp_path):
     message = stopped(small, signal.SIGINT, batches(), tmp_path, batch_fn=read)
     assert CheckpointStore(tmp_path).load_latest().state["position"]["batches"] == 3
     assert f"saved in {tmp_path}, from where the same call goes on" in message
+
+
+@ignores_convergence
+def test_a_step_whose_batch_is_being_read_is_finished_too(tmp_path):
+    class Sends(list):
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            for number, batch in enumerate(super().__iter__()):
+                if (self.passes, number) == (2, 2):
+                    signal.raise_signal(signal.SIGINT)
+                yield batch
+
+    message = stopped(small, signal.SIGINT, Sends(batches()), tmp_path)
+    assert "; saved in" in message
+    assert CheckpointStore(tmp_path).load_latest().state["position"]["batches"] == 3
 
 
 @ignores_convergence
