@@ -106,10 +106,10 @@ def numbers(result):
     return torch.cat([torch.tensor(found, dtype=F64), *weights])
 
 
-def resumable(directory, *, built=0, callbacks=(), dropout=0.3, **options):
+def resumable(directory, *, built=0, callbacks=(), dropout=0.3, gap=600.0, **options):
     """Paths, dropout, shuffled shares of all data; written after every epoch."""
     torch.manual_seed(built)
-    where = None if directory is None else Checkpoints(directory, max_overhead=float("inf"))
+    where = directory and Checkpoints(directory, max_overhead=float("inf"), longest_gap=gap)
     result = call(
         paths_net(dropout), shuffled_share(), checkpoint_dir=where, callbacks=callbacks,
         **{"restarts": ["symmetric", "free"], "marglik_frequency": 1, "n_epochs": 3, **options},

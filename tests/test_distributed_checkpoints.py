@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from margeq.errors import (
     DeterminismWarning,
     DistributedError,
 )
+from margeq.training.proximal import ProximalSteps
 from tests.rank_trainings import call, launched, paths_net, pictures, resumable, shuffled_share
 from tests.ranks import on_ranks
 from tests.test_curvature_sums import sums
@@ -125,6 +128,63 @@ def test_a_stopped_run_is_resumed_bit_for_bit_on_all_ranks(tmp_path):
     assert not torch.equal(
         manifest.state["ranks"][0]["random"]["torch"], manifest.state["random"]["torch"]
     )
+
+
+# --- signals, which may reach one rank only
+
+
+def stop_by_signal(rank, directory, number, who, which, gap):
+    """Send a signal to one rank in a step; how the run ended, and in which step."""
+    taken, step = [], ProximalSteps.step
+
+    def raising(self, precisions):
+        taken.append(1)
+        if len(taken) == number and rank == who:
+            signal.raise_signal(which)
+        step(self, precisions)
+
+    with patch.object(ProximalSteps, "step", raising):
+        try:
+            resumable(directory, gap=gap)
+        except BaseException as stop:
+            return type(stop).__name__, str(stop), len(taken)
+    return None
+
+
+def signalled(rank, folder, number, who, which, gap):
+    """Digests of a whole run, and of one that was stopped and resumed."""
+    where = Path(folder) / "run" if rank == 0 else Path("/proc/no/such/disk")
+    ended = stop_by_signal(rank, where, number, who, which, gap)
+    return resumable(None), ended, resumable(where, built=1, gap=gap)
+
+
+# steps 2, 5 and 8 of 3 in an epoch: in the first two epochs, and in the second start
+@pytest.mark.parametrize(
+    ("number", "who", "which", "gap"),
+    [
+        (2, 1, signal.SIGTERM, 600.0),
+        (5, 0, signal.SIGINT, float("inf")),
+        (11, 1, signal.SIGUSR1, 0.0),
+    ],
+)
+def test_a_signal_to_one_rank_stops_all_of_them_in_the_same_step(tmp_path, number, who, which, gap):
+    answers = on_ranks(2, signalled, str(tmp_path), number, who, which, gap)
+    for whole, (kind, text, taken), resumed_run in answers:
+        assert kind == ("KeyboardInterrupt" if which == signal.SIGINT else "SystemExit")
+        assert kind == "KeyboardInterrupt" or text == "143"
+        assert number <= taken <= number + 1
+        assert resumed_run == whole
+    assert len({taken for _, (_, _, taken), _ in answers}) == 1
+    assert answers[0][0] == answers[1][0]
+
+
+def test_one_process_goes_on_from_inside_an_epoch_of_two_with_a_warning(tmp_path):
+    on_ranks(2, stop_by_signal, str(tmp_path), 1, 0, signal.SIGTERM, 600.0)
+    state = CheckpointStore(tmp_path).load_latest().state
+    # ranks tell each other with the next step
+    assert state["position"]["steps"] == state["ranks"][0]["position"]["steps"] == 2
+    with pytest.warns(DeterminismWarning, match="random numbers differ"):
+        resumable(tmp_path)
 
 
 # --- another number of ranks

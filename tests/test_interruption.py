@@ -20,11 +20,12 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import margeq
-from margeq import cli, terminal
+from margeq import cli
 from margeq.checkpoint import CheckpointStore, disk
 from margeq.config import DemoConfig
 from margeq.demo import Listener, run_demo
 from margeq.errors import CheckpointWarning
+from margeq.terminal import demo as terminal_demo
 from margeq.training.interruption import listening
 from tests.resume_cases import CASES, digest, pictures, train
 from tests.test_positions import Foreign, batches, loader_of, small
@@ -621,7 +622,7 @@ def signals_in_the_demo(monkeypatch):
 
             return [send]
 
-        monkeypatch.setattr(terminal._Face, "callbacks", callbacks)
+        monkeypatch.setattr(terminal_demo._Face, "callbacks", callbacks)
 
     return use
 
@@ -640,7 +641,7 @@ def test_the_demonstration_says_how_to_go_on(signals_in_the_demo, tmp_path, caps
 def test_a_terminated_demonstration_ends_with_143(signals_in_the_demo, tmp_path, capsys):
     signals_in_the_demo(signal.SIGTERM)
     assert cli.main([*QUICK, "--out", str(tmp_path)]) == 143
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr() == ("", "margeq: terminated\n")
 
 
 def without_times(summary):

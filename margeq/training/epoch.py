@@ -49,7 +49,7 @@ class MapEpoch:
         groups, model = self._steps.optimizer.param_groups, self._p.model
         parameters = [parameter for group in groups for parameter in group["params"]]
         if self._p.comm.size == 1:
-            return OwnGradients(model, parameters, self._bookmark.is_needed)
+            return OwnGradients(model, parameters)
         return SharedGradients(model, parameters, self._p.comm, self._bookmark.is_needed)
 
     def run(self, epoch: int, likelihood: Likelihood, precisions: Mapping[str, float]) -> float:
@@ -79,7 +79,8 @@ class MapEpoch:
             self._step(precisions)
             total, seen = total + step.loss, seen + step.n_data
             mark.note(step.n_batches, seen, total)
-            if step.is_flagged:
+            # ranks have to agree, and do so with the exchange of a step
+            if mark.is_needed() if self._p.comm.size == 1 else step.is_flagged:
                 mark.save_or_stop()
         mark.close()
         self._check(epoch, total, seen)

@@ -75,16 +75,10 @@ class OwnGradients:
     Args:
         model: whose random elements are drawn anew for each batch.
         parameters: with gradients.
-        flag: something that steps report.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        parameters: Sequence[nn.Parameter],
-        flag: Callable[[], bool] = never,
-    ) -> None:
-        self._model, self._parameters, self._flag = model, list(parameters), flag
+    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        self._model, self._parameters = model, list(parameters)
 
     def steps(
         self, batches: Iterable[Batch], loss_of: LossOf, name: str, first: int = 0
@@ -96,7 +90,7 @@ class OwnGradients:
             loss = loss_of(batch)
             loss.backward()
             total = loss.detach() * len(batch)
-            yield Step(total, len(batch), batch.index + 1, self._flag())
+            yield Step(total, len(batch), batch.index + 1)
 
 
 class SharedGradients:
