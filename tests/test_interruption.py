@@ -641,7 +641,8 @@ def test_the_demonstration_says_how_to_go_on(signals_in_the_demo, tmp_path, caps
 def test_a_terminated_demonstration_ends_with_143(signals_in_the_demo, tmp_path, capsys):
     signals_in_the_demo(signal.SIGTERM)
     assert cli.main([*QUICK, "--out", str(tmp_path)]) == 143
-    assert capsys.readouterr() == ("", "margeq: terminated\n")
+    resume = f"margeq: terminated; go on with: margeq resume {tmp_path}\n"
+    assert capsys.readouterr() == ("", resume)
 
 
 def without_times(summary):
