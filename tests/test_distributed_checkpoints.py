@@ -29,6 +29,7 @@ from margeq.errors import (
     DistributedError,
 )
 from margeq.training.proximal import ProximalSteps
+from margeq.training.randomness import Randomness
 from tests.rank_trainings import call, launched, paths_net, pictures, resumable, shuffled_share
 from tests.ranks import on_ranks
 from tests.test_curvature_sums import sums
@@ -226,6 +227,25 @@ def test_another_number_of_ranks_goes_on_with_a_warning(tmp_path, before, after)
         assert len(said) == 1
         assert f"ranks {before} there, {after} here): random numbers differ" in said[0]
     assert CheckpointStore(run).load_latest().environment["ranks"] == after
+
+
+def test_ranks_of_another_number_draw_new_numbers_of_their_own():
+    order = shuffled_share()
+    generator = torch.Generator().manual_seed(3)
+    own = torch.utils.data.DataLoader(TensorDataset(*pictures()), generator=generator)
+    randomness = Randomness(torch.nn.Linear(1, 1), [order, own])
+    stored, before = randomness.state_dict(), torch.get_rng_state()
+    list(order), list(own)
+    live = randomness.state_dict()["generators"]
+    first, second = (randomness.on_other_ranks(stored, seed) for seed in (1, 2))
+    assert not torch.equal(first["torch"], second["torch"])
+    assert torch.equal(torch.get_rng_state(), before)
+    # the order that all ranks share goes on, that of a rank's own share does not
+    for found in (first, second):
+        shared, foreign = found["generators"]
+        assert torch.equal(shared, stored["generators"][0])
+        assert torch.equal(foreign, live[1])
+        assert not torch.equal(foreign, stored["generators"][1])
 
 
 def ordered_factors(rank, folder):

@@ -1,9 +1,14 @@
-"""The curvature side on several processes: torchrun, Slurm, or whatever starts them.
+"""Several processes: torchrun, Slurm, or whatever starts them.
 
 Each rank brings its own share of the data. Sums over the data become sums over all ranks before
 they are decomposed, so that all ranks have the evidence of all data, whatever their number:
 
     torch.distributed.init_process_group()
+    share = margeq.distributed.shard(dataset, batch_size=64, shuffle=True)
+    result = margeq.optimize_marglik(model, share, seed=0)              # the same on all ranks
+
+With a training loop of one's own:
+
     share = margeq.distributed.shard(dataset, batch_size=256)
     state = margeq.distributed.accumulate(model, share)
     value = margeq.log_marginal_likelihood(state, prior, likelihood)    # the same on all ranks
