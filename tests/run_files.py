@@ -9,13 +9,9 @@ from torch import nn
 from margeq.runs import Task, register_task
 
 
-class Bare(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(4, 2))
-
+class Odd(nn.Linear):
     def forward(self, x):
-        return x @ self.weight
+        return super().forward(x.square())
 
 
 @register_task("tiny")
@@ -34,7 +30,7 @@ def tiny(seed, width=3, trouble=""):
         os.kill(os.getpid(), signal.SIGKILL)
     model = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 2))
     if trouble == "model":
-        model = Bare()
+        model = Odd(4, 2)
     return Task(model, [(x[:12], y[:12]), (x[12:], y[12:])], held_out=[(x, y)])
 """
 

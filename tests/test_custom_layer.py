@@ -91,8 +91,7 @@ def unmarked_bias(layer, x, grad_y):
 
 def as_layer_type(rule):
     kind = type("Diagonal", (Diagonal,), {})
-    if rule is not None:
-        register_kfac_rule(kind)(rule)
+    register_kfac_rule(kind)(rule)
     return LayerCase("my layer", kind, (3, 4))
 
 
@@ -100,10 +99,13 @@ def test_a_rule_with_blocks_keeps_the_contract():
     check_layer(as_layer_type(diagonal_rule))
 
 
+def test_without_a_rule_parameters_are_bare_and_exact():
+    check_layer(LayerCase("my layer", type("Diagonal", (Diagonal,), {}), (3, 4)))
+
+
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (None, "'Per-sample gradients.*the rule says nothing about 'scale'"),
         (reversed_inputs, "'Per-sample gradients.*gradient of 'scale' at datum 0 differs by"),
         (summed_over_data, "'Per-sample gradients.*gradient of 'scale' at datum 0 differs by"),
         (without_columns, "'Per-sample gradients.*IndexError"),

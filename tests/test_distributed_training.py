@@ -97,8 +97,10 @@ def gradients(rank, edges, make=SharedGradients):
         if len(part := whole.tensor_split(edges)[rank])
     ]
     parameters = [*model.parameters(), *unused.parameters()]
-    more = () if make is OwnGradients else (current_comm(),)
-    steps = make(model, parameters, *more, flag=lambda: rank == 1)
+    if make is OwnGradients:
+        steps = OwnGradients(model, parameters)
+    else:
+        steps = make(model, parameters, current_comm(), flag=lambda: rank == 1)
     found = []
     for step in steps.steps(batches, lambda b: (model(b.inputs) - b.targets).square().mean(), ""):
         found.append((float(step.loss), step.n_data, step.is_flagged, [p.grad for p in parameters]))

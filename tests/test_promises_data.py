@@ -264,8 +264,7 @@ def small(*middle):
 @pytest.mark.parametrize(
     ("middle", "name"),
     [
-        (lambda: nn.LayerNorm(6), r"'1\.weight' of 1 \(LayerNorm\)"),
-        (lambda: nn.GroupNorm(2, 6), r"'1\.weight' of 1 \(GroupNorm\)"),
+        (lambda: nn.GRU(6, 6), r"'1\.weight_ih_l0' of 1 \(GRU\)"),
         (lambda: nn.PReLU(), r"'1\.weight' of 1 \(PReLU\)"),
     ],
 )
@@ -365,7 +364,7 @@ def test_one_class_is_finite(label, outputs):
 # -- D18: a thousand classes -----------------------------------------------------------------------
 
 THOUSAND = """
-import resource, sys, warnings
+import sys, warnings
 import torch
 from torch import nn
 import margeq
@@ -387,11 +386,13 @@ else:
 state = margeq.laplace.accumulate(model, batches, hessian_root=root)
 kron = state.kron["weight"]
 size = sum(t.numel() for t in (kron.grad_cov, kron.input_cov))
-print(size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+# of this program alone: ru_maxrss also knows the process that it was forked from
+(peak,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+print(size, peak.split()[1])
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss in kilobytes")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("root", ["mc", pytest.param("exact", marks=pytest.mark.slow)])
 def test_a_thousand_classes_need_less_than_a_gigabyte(root):
     """The dense GGN of 513,000 weights would take 2.1 TB in float64, the factors 1.26 M numbers.

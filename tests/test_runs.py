@@ -460,7 +460,7 @@ def run(factory, out, *more):
 
 @pytest.mark.parametrize(
     ("trouble", "code", "said"),
-    [("data", 3, "index 3"), ("model", 4, "Bare"), ("numbers", 5, "non-finite")],
+    [("data", 3, "index 3"), ("model", 4, "Odd"), ("numbers", 5, "non-finite")],
 )
 def test_exit_codes_of_what_goes_wrong(capsys, tmp_path, factory, trouble, code, said):
     assert run(factory, tmp_path / "run", "--quiet", "--arguments", f"trouble={trouble}") == code

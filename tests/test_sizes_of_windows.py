@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from margeq.errors import ConfigError, EquivarianceWarning
-from margeq.groups import P2, P4, PM, Z2, C
+from margeq.groups import P2, P4, PM, Z2, C, D
 from margeq.layers import PerElement, check_sizes, require_exact_sizes
 from margeq.layers.slides import has_unknown_window
 from margeq.testing import equivariance_error
@@ -135,7 +135,7 @@ class Mystery(nn.Module):
 
 
 UNKNOWN = [
-    Mystery(), nn.ConvTranspose2d(1, 1, 2, 2, output_padding=1), nn.Unfold(2),
+    Mystery(), nn.Unfold(2),
     nn.FractionalMaxPool2d(2, 3),
 ]  # fmt: skip
 
@@ -163,5 +163,34 @@ def test_modules_with_parts_are_judged_by_them():
 @pytest.mark.parametrize("case", LAYER_CASES)
 def test_every_layer_with_a_rule_of_curvature_has_one_here(case):
     for module in case.make().modules():
-        if not isinstance(module, nn.Conv1d):
+        if not isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
             assert not has_unknown_window(module), module
+
+
+SPREADS = [
+    ({}, P4, ""),
+    ({"stride": 2, "padding": 1}, D(4), ""),
+    ({"stride": 2, "output_padding": 1}, P4, "adds 1 pixels at the end of columns only"),
+    ({"stride": 2, "output_padding": (0, 1)}, PM, "adds 1 pixels at the end of rows only"),
+    ({"stride": 2, "output_padding": (1, 0)}, PM, ""),
+    ({"stride": (1, 2)}, P4, "another window along rows than along columns"),
+    ({"stride": (1, 2)}, P2, ""),
+]
+
+
+@pytest.mark.parametrize(("options", "group", "fault"), SPREADS)
+def test_transposed_convolutions_are_judged_as_they_are_measured(options, group, fault):
+    layer = nn.ConvTranspose2d(1, 1, 3, bias=False, **options).double()
+    nn.init.ones_(layer.weight)  # which the group leaves as they are
+    pictures = torch.randn(2, 1, 6, 6, dtype=F64, generator=torch.Generator().manual_seed(0))
+    found = " ".join(map(str, check_sizes(layer, (1, 6, 6), group)))
+    assert fault in found if fault else not found
+    if "another window" not in fault:  # maps are no squares then
+        assert (equivariance_error(layer, group, pictures).exact.max > 1e-6) == bool(fault)
+
+
+def test_transposed_convolutions_along_the_group_axis_mix_elements():
+    mixing = nn.ConvTranspose3d(1, 1, (2, 3, 3))
+    (fault,) = check_sizes(mixing, (1, 4, 6, 6), P4)
+    assert "mixes elements" in str(fault)
+    assert not check_sizes(nn.ConvTranspose3d(1, 1, (1, 3, 3)), (1, 4, 6, 6), P4)

@@ -34,9 +34,9 @@ def bare_weights(
 ) -> dict[str, tuple[nn.Module, str]]:
     """Weights that belong to a module without a rule, whatever it does with them.
 
-    Torch's own layers and what is derived from layers with a rule are left out: there a rule is
-    missing, and a diagonal in its place would be a surprise. So are tensors of more than a million
-    entries.
+    Layers of torch and margeq, and what is derived from layers with a rule, are left out: there a
+    rule is missing, and a diagonal in its place would be a surprise. So are tensors of more than a
+    million entries.
 
     Returns:
         Name -> owner and local name.
@@ -51,9 +51,9 @@ def bare_weights(
 def _is_bare(layer: nn.Module) -> bool:
     if isinstance(layer, _CONTAINERS):
         return True
-    return not (
-        type(layer).__module__.startswith("torch.") or isinstance(layer, registered_types())
-    )
+    # what modules of margeq keep outside of layers is no weight
+    is_library = type(layer).__module__.startswith(("torch.", "margeq."))
+    return not (is_library or isinstance(layer, registered_types()))
 
 
 def refuse_bare(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:

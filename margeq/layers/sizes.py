@@ -26,7 +26,7 @@ from margeq.errors import ConfigError, DataError, EquivarianceWarning
 from margeq.groups.action import maps_pixels_to_pixels
 from margeq.groups.finite import FiniteGroup
 from margeq.groups.planar import require_planar
-from margeq.layers.slides import Slide, has_unknown_window, is_pool, slides_of
+from margeq.layers.slides import Slide, has_unknown_window, is_pool, slides_of, spreads_of
 
 __all__ = ["SizeFault", "check_sizes", "require_exact_sizes"]
 
@@ -181,16 +181,37 @@ class _Symmetry:
 
 def _faults(module: nn.Module, x: Tensor, symmetry: _Symmetry) -> Iterator[_Found]:
     """Reasons, remedies, and whether they are certain."""
-    slides = slides_of(module)
-    if slides is None:
+    slides, spreads = slides_of(module), spreads_of(module)
+    if spreads is not None:
+        yield from _spread_faults(spreads, x, symmetry)
+    elif slides is None:
         if symmetry.order > 1 and has_unknown_window(module):
             remedy = "measure it with margeq.testing.equivariance_error"
             yield "cannot be judged, there is no rule for its type", remedy, False
+    if slides is None:
         return
     if len(slides) == 3 and x.ndim == 5 and x.shape[2] == symmetry.order > 1:
         yield from _group_axis_faults(module, slides[0], symmetry.order)
     for reason, remedy in _plane_faults(slides[-2], slides[-1], x.shape[-2:], symmetry):
         yield reason, remedy, True
+
+
+def _spread_faults(
+    spreads: list[tuple[int, ...]], x: Tensor, symmetry: _Symmetry
+) -> Iterator[_Found]:
+    """A transposed convolution is even at both ends of an axis, but for what it adds at one."""
+    if len(spreads) == 3 and x.ndim == 5 and x.shape[2] == symmetry.order > 1:
+        if spreads[0] != (1, 1, 0, spreads[0][3], 0):
+            reason = "mixes elements: its window spreads along the group axis"
+            yield reason, "use kernel and stride 1, and no padding, along that axis", True
+    rows, columns = spreads[-2:]
+    if symmetry.swaps and rows != columns:
+        yield "has another window along rows than along columns", "use the same for both", True
+        return
+    for axis, (*_, extra) in zip((0, 1), (rows, columns), strict=True):
+        if extra and axis in symmetry.reversed_axes:
+            reason = f"adds {extra} pixels at the end of {('columns', 'rows')[axis]} only"
+            yield reason, "leave output_padding out, and crop or pad both ends alike", True
 
 
 def _group_axis_faults(module: nn.Module, slide: Slide, order: int) -> Iterator[_Found]:

@@ -11,7 +11,7 @@ from torch import nn
 from margeq.layers.pooling import BatchPolyphaseSubsample, PolyphaseSubsample
 from margeq.layers.window import Window
 
-__all__ = ["Slide", "has_unknown_window", "is_pool", "slides_of"]
+__all__ = ["Slide", "has_unknown_window", "is_pool", "slides_of", "spreads_of"]
 
 _FURTHEST = 3
 """Pixels by which a suggested kernel or padding may differ from the given one."""
@@ -108,8 +108,22 @@ def is_pool(module: nn.Module) -> bool:
     return isinstance(module, _POOLS_2D + _POOLS_3D)
 
 
+def spreads_of(module: nn.Module) -> list[tuple[int, ...]] | None:
+    """Kernel, stride, padding, dilation and output padding along each axis of the map.
+
+    Returns:
+        ``None`` for anything but a transposed convolution.
+    """
+    if not isinstance(module, nn.ConvTranspose2d | nn.ConvTranspose3d):
+        return None
+    names = ("kernel_size", "stride", "padding", "dilation", "output_padding")
+    return list(zip(*(getattr(module, name) for name in names), strict=True))
+
+
 def has_unknown_window(module: nn.Module) -> bool:
-    """Whether a module without parts has a window, of a type that :func:`slides_of` cannot read."""
+    """Whether a module without parts has a window, of a type that nothing here can read."""
+    if spreads_of(module) is not None:
+        return False
     named = any(getattr(module, name, None) is not None for name in ("kernel_size", "padding"))
     return named and slides_of(module) is None and not any(True for _ in module.children())
 
