@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         bases,
         callbacks,
         checkpoint,
+        convert,
         curvature,
         data,
         distributed,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         models,
         testing,
     )
+    from margeq.convert import harden, relax
     from margeq.curvature.io import LinearIO, register_kfac_rule
     from margeq.effective_dim import effective_dimension
     from margeq.laplace import log_marginal_likelihood
@@ -48,11 +50,13 @@ __all__ = [
     "bases",
     "callbacks",
     "checkpoint",
+    "convert",
     "curvature",
     "data",
     "distributed",
     "effective_dimension",
     "errors",
+    "harden",
     "laplace",
     "layers",
     "log_marginal_likelihood",
@@ -61,6 +65,7 @@ __all__ = [
     "named_weights",
     "optimize_marglik",
     "register_kfac_rule",
+    "relax",
     "testing",
 ]
 
@@ -69,6 +74,7 @@ _NAMESPACES = (
     "bases",
     "callbacks",
     "checkpoint",
+    "convert",
     "curvature",
     "data",
     "distributed",
@@ -85,11 +91,13 @@ _HOMES = {
     "LinearIO": "margeq.curvature.io",
     "MargLikResult": "margeq.training.result",
     "effective_dimension": "margeq.effective_dim",
+    "harden": "margeq.convert",
     "log_marginal_likelihood": "margeq.laplace",
     "named_hyperparameters": "margeq.parameters",
     "named_weights": "margeq.parameters",
     "optimize_marglik": "margeq.optimize",
     "register_kfac_rule": "margeq.curvature.io",
+    "relax": "margeq.convert",
 }
 
 
