@@ -34,6 +34,7 @@ ORIGINALS: Mapping[type[nn.Module], str] = {nn.Conv2d: "conv", Linear2d: "fc"}
 """Type of a layer -> name of the path that it becomes."""
 
 _GROUPS = {"p2": P2, "p4": P4, "pm": PM, "p4m": P4M}
+_SHARE = 0.5  # of the pixels, anchors of sparsified paths
 _KERNEL = 3  # of convolutions in place of linear layers
 
 
@@ -51,7 +52,7 @@ class Spot:
         in_shape: ``[c, y, x]`` of its input.
         out_shape: of its output.
         is_first: whether it maps from pictures.
-        largest_path: largest number of weights of a path.
+        largest_path: largest number of weights of a dense path.
     """
 
     name: str
@@ -87,26 +88,22 @@ class Spot:
                 c, d, _KERNEL, strides.pop(), _KERNEL // 2, bias=False, padding_mode="circular"
             )
 
-    def require_small(self, path: str, count: int) -> None:
-        """Refuse a path with too many weights.
+    def require_small(self, count: int) -> None:
+        """Refuse a dense path with too many weights.
 
         Raises:
-            ConfigError: naming the layer, the number, and those of smaller paths.
+            ConfigError: naming the layer, the number, and those of the factored paths.
         """
         if count <= self.largest_path:
             return
         c, d, before, after = self.maps()
-        factors = [math.prod(before), math.prod(after)]
-        smaller = {
-            "factored": c * d * sum(factors),
-            "s_factored": c * d * sum(len(place_anchors(0.5, (n,))) for n in factors),
-        }
-        ways = " and ".join(f"{name!r} {n:,}" for name, n in smaller.items() if n < count)
-        instead = f"; {ways} would have" if ways else ""
+        factored = c * d * (math.prod(before) + math.prod(after))
+        sparse = c * d * _n_anchors(before, after)
         raise ConfigError(
-            f"{self.name or 'the model itself'}: the path {path!r} would have {count:,} weights, "
-            f"more than largest_path={self.largest_path:,}{instead}. Choose other paths, "
-            f"exclude the layer, or raise largest_path"
+            f"{self.name or 'the model itself'}: the dense path would have {count:,} weights, more "
+            f"than largest_path={self.largest_path:,}; 'factored' would have {factored:,} and "
+            f"'s_factored' {sparse:,}. Use one of them, leave the layer with exclude=[...], or "
+            f"raise largest_path"
         )
 
     def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -181,21 +178,23 @@ def _group(name: str) -> FiniteGroup | None:
 
 def _fc(spot: Spot) -> nn.Module:
     maps = spot.maps()
-    spot.require_small("fc", math.prod((maps[0], maps[1], *maps[2], *maps[3])))
+    spot.require_small(math.prod((maps[0], maps[1], *maps[2], *maps[3])))
     return Linear2d(*maps, bias=spot.has_bias)
+
+
+def _n_anchors(*shapes: tuple[int, ...]) -> int:
+    """Anchors of a sparsified path, of all shapes together."""
+    return sum(len(place_anchors(_SHARE, shape)) for shape in shapes)
 
 
 def _factored(spot: Spot) -> nn.Module:
     c, d, before, after = spot.maps()
-    spot.require_small("factored", c * d * (math.prod(before) + math.prod(after)))
     return FactoredLinear2d(c, d, before, after, bias=spot.has_bias)
 
 
 def _s_factored(spot: Spot) -> nn.Module:
     c, d, before, after = spot.maps()
-    anchors = sum(len(place_anchors(0.5, shape)) for shape in (before, after))
-    spot.require_small("s_factored", c * d * anchors)
-    return SparseFactoredLinear2d(c, d, before, after, bias=spot.has_bias)
+    return SparseFactoredLinear2d(c, d, before, after, bias=spot.has_bias, anchors=_SHARE)
 
 
 def _conv(spot: Spot) -> nn.Module:
@@ -207,7 +206,9 @@ def _s_conv(spot: Spot) -> nn.Module:
     conv = spot.convolution()
     if math.prod(conv.kernel_size) == 1:
         raise Unfit("a filter of one pixel has nothing to leave out")
-    return SparseConv2d(conv.in_channels, conv.out_channels, **_window(conv), bias=False)
+    return SparseConv2d(
+        conv.in_channels, conv.out_channels, **_window(conv), bias=False, anchors=_SHARE
+    )
 
 
 def _of_group(spot: Spot, group: FiniteGroup) -> nn.Module:

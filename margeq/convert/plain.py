@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from margeq.convert.plumbing import (
     sequence,
 )
 from margeq.layers import (
+    EquivariantLinear,
     FactoredLinear2d,
     GroupConv2d,
     GroupGate,
@@ -49,8 +50,17 @@ __all__ = ["PLAIN", "PLAIN_AROUND"]
 
 
 def _linear2d(layer: Linear2d) -> nn.Module:
-    linear = _on_meta(nn.Linear, layer.weight.shape[1], layer.weight.shape[0], layer.bias)
-    _fill(linear, layer.weight, layer.weight, layer.bias)
+    return _matrix(layer, layer.weight, layer.bias)
+
+
+def _equivariant(layer: EquivariantLinear) -> nn.Module:
+    bias = None if layer.bias is None else (layer.bias @ layer.bias_basis).flatten()
+    return _matrix(layer, layer.induced_weight(), bias)
+
+
+def _matrix(layer: Linear2d | EquivariantLinear, matrix: Tensor, bias: Tensor | None) -> nn.Module:
+    linear = _on_meta(nn.Linear, matrix.shape[1], matrix.shape[0], bias)
+    _fill(linear, layer.weight, matrix, bias)
     return sequence([nn.Flatten(1), linear, _to_map(layer)])
 
 
@@ -74,12 +84,14 @@ def _two_factors(
 ) -> nn.Module:
     """``U [D, C, X]`` for each input channel by itself, then ``V [Y, D, C]`` for each output's."""
     (d, c, n_in), n_out = u.shape, len(v)
-    first = _on_meta(nn.Conv1d, c, c * d, bias_u, kernel_size=n_in, groups=c)
-    second = _on_meta(nn.Conv1d, c * d, d * n_out, bias_v, kernel_size=1, groups=d)
-    repeated = None if bias_u is None else bias_u.repeat(c)
-    tiled = None if bias_v is None else bias_v.repeat(d)
-    _fill(first, layer.weight_u, u.transpose(0, 1).flatten(0, 1)[:, None], repeated)
-    _fill(second, layer.weight_v, v.transpose(0, 1).flatten(0, 1)[..., None], tiled)
+    bias = None if bias_u is None else bias_u[:, None] * v.sum(2).T
+    if bias is not None and bias_v is not None:
+        bias = bias + bias_v
+    first = _on_meta(nn.Conv1d, c, c * d, None, kernel_size=n_in, groups=c)
+    second = _on_meta(nn.Conv1d, c * d, d * n_out, bias, kernel_size=1, groups=d)
+    _fill(first, layer.weight_u, u.transpose(0, 1).flatten(0, 1)[:, None], None)
+    by_output = v.transpose(0, 1).flatten(0, 1)[..., None]
+    _fill(second, layer.weight_v, by_output, None if bias is None else bias.flatten())
     return sequence([
         nn.Flatten(2), first, nn.ChannelShuffle(c), second, nn.Flatten(1), _to_map(layer),
     ])  # fmt: skip
@@ -104,7 +116,12 @@ def _lifting_conv(layer: Any) -> nn.Module:
 
 
 def _planar(layer: Any) -> list[nn.Module]:
-    return [to_conv2d(layer), nn.Unflatten(1, (-1, layer.group.order))]
+    conv, order = to_conv2d(layer), layer.group.order
+    if isinstance(layer, PartialGroupConv2d):
+        sees = conv.weight.new_zeros(order).index_fill(0, layer.seen(), 1.0)
+        by_element = cast(Tensor, conv.weight).unflatten(1, (-1, order))
+        by_element *= sees[:, None, None]
+    return [conv, nn.Unflatten(1, (-1, order))]
 
 
 def _restrict(layer: RestrictGroup) -> nn.Module:
@@ -175,6 +192,7 @@ PLAIN_AROUND: Mapping[type[nn.Module], Callable[[Any], nn.Module]] = {PerElement
 
 PLAIN: Mapping[type[nn.Module], Callable[[Any], nn.Module]] = {
     Linear2d: _linear2d,
+    EquivariantLinear: _equivariant,
     FactoredLinear2d: _factored,
     SparseFactoredLinear2d: _sparse_factored,
     SparseConv2d: _sparse_conv,

@@ -62,15 +62,15 @@ def relax(
         include: layers to relax, by name, by name of a module that holds them, or by type of
             either; all by default.
         exclude: layers to leave, likewise.
-        largest_path: largest number of weights of a built-in path on whole maps.
+        largest_path: largest number of weights of a path ``"fc"``.
         seed: of first factors, which are drawn.
 
     Returns:
         The copy; ``margeq.convert.relaxation(copy)`` says what was done to each layer.
 
     Raises:
-        ConfigError: for an unknown name, a path above ``largest_path``, one that cannot start at
-            zero, or if no layer is relaxed.
+        ConfigError: for an unknown name, a dense path above ``largest_path``, a path that cannot
+            start at zero, or if no layer is relaxed.
         ConversionError: if the copy does not compute the same.
 
     Reference:
