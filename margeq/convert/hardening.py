@@ -124,8 +124,7 @@ def _container(module: nn.Module, name: str) -> nn.Module:
     """A module of margeq whose parts are plain."""
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         return nn.Sequential(_children(module)).train(module.training)
-    owns = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    if type(module).__module__.startswith("margeq.layers") or owns:
+    if _is_ours(module, "margeq.layers"):
         raise _no_plain_form(module, name, "")
     try:
         graph = _Tracer().trace(module)
@@ -146,9 +145,9 @@ def _no_plain_form(module: nn.Module, name: str, why: str) -> UnsupportedLayerEr
     )
 
 
-def _is_ours(module: nn.Module) -> bool:
+def _is_ours(module: nn.Module, package: str = "margeq") -> bool:
     """Whether a module needs margeq, also by a base class."""
-    return any(kind.__module__.split(".")[0] == "margeq" for kind in type(module).__mro__)
+    return any(f"{kind.__module__}.".startswith(f"{package}.") for kind in type(module).__mro__)
 
 
 def _require_plain(model: nn.Module) -> None:

@@ -30,6 +30,7 @@ from margeq.layers import (
     LiftingConv2d,
     Linear2d,
     MergeGroup,
+    MonotoneGates,
     PairSeparableConv2d,
     PartialGroupConv2d,
     PartialLiftingConv2d,
@@ -118,8 +119,9 @@ def _lifting_conv(layer: Any) -> nn.Module:
 def _planar(layer: Any) -> list[nn.Module]:
     conv, order = to_conv2d(layer), layer.group.order
     if isinstance(layer, PartialGroupConv2d):
-        sees = conv.weight.new_zeros(order).index_fill(0, layer.seen(), 1.0)
-        by_element = cast(Tensor, conv.weight).unflatten(1, (-1, order))
+        weight = cast(Tensor, conv.weight)
+        sees = weight.new_zeros(order).index_fill(0, layer.seen(), 1.0)
+        by_element = weight.unflatten(1, (-1, order))
         by_element *= sees[:, None, None]
     return [conv, nn.Unflatten(1, (-1, order))]
 
@@ -142,6 +144,10 @@ def _gate(layer: GroupGate) -> nn.Module:
 
 def _per_element(layer: PerElement) -> nn.Module:
     return graph_of(OnElements(layer.module), "PerElement")
+
+
+def _monotone(layer: MonotoneGates) -> nn.Module:
+    return layer.network
 
 
 def _merge(layer: MergeGroup) -> nn.Module:
@@ -177,7 +183,7 @@ def _on_meta(kind: Any, c: int, d: int, bias: Tensor | None, **options: Any) -> 
         return kind(c, d, bias=bias is not None, **options)
 
 
-def _fill(new: Any, old: nn.Parameter, weight: Tensor, bias: Tensor | None) -> None:
+def _fill(new: Any, old: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Weights of its own, trained where those of the old layer are."""
     kept = torch.contiguous_format
     new.weight = nn.Parameter(
@@ -187,7 +193,10 @@ def _fill(new: Any, old: nn.Parameter, weight: Tensor, bias: Tensor | None) -> N
         new.bias = nn.Parameter(bias.detach().clone(), requires_grad=old.requires_grad)
 
 
-PLAIN_AROUND: Mapping[type[nn.Module], Callable[[Any], nn.Module]] = {PerElement: _per_element}
+PLAIN_AROUND: Mapping[type[nn.Module], Callable[[Any], nn.Module]] = {
+    PerElement: _per_element,
+    MonotoneGates: _monotone,
+}
 """Type of a layer -> plain form around its parts, which are plain already."""
 
 PLAIN: Mapping[type[nn.Module], Callable[[Any], nn.Module]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 from torch import nn
 
@@ -83,9 +84,9 @@ def _is_conv(term: list[nn.Module]) -> bool:
 
 def _scaled(terms: _Terms, scale: float) -> tuple[_Terms, float]:
     """The factor inside the filters if all terms have some, and what is left of it."""
-    if not all(_is_conv(term) for term in terms.values()):
-        return terms, scale
-    convs = {name: term[0] for name, term in terms.items()}
-    return {
-        name: [scaled(conv, scale)] for name, conv in convs.items() if isinstance(conv, nn.Conv2d)
-    }, 1.0
+    found: _Terms = {}
+    for name, term in terms.items():
+        if not _is_conv(term):
+            return terms, scale
+        found[name] = [scaled(cast(nn.Conv2d, term[0]), scale)]
+    return found, 1.0
