@@ -524,6 +524,7 @@ def test_training_names_every_layer(name):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::margeq.errors.ConvergenceWarning")
+@pytest.mark.filterwarnings("ignore::margeq.errors.NumericalWarning")  # of single precision
 @pytest.mark.parametrize(("make", "size"), [(resnet18, 8), (vgg11, 32)])
 def test_training_of_full_widths(make, size):
     loader = a_loader(8, 3, size, size, n_classes=10)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from margeq.curvature.capture import eval_mode, forward
 from margeq.curvature.sampling import tensors_of
 from margeq.errors import ConversionError, DataError
+from margeq.training.randomness import random_devices
 
 __all__ = ["Observed", "largest_difference", "observe", "run"]
 
@@ -66,7 +67,8 @@ def observe(
 
 def run(model: nn.Module, example_input: Any) -> list[Tensor]:
     """Outputs in evaluation mode without gradients; flags and random state are as before."""
-    with eval_mode(model), torch.no_grad(), torch.random.fork_rng():
+    forked = torch.random.fork_rng(random_devices(model))
+    with eval_mode(model), torch.no_grad(), forked:
         torch.manual_seed(0)
         outputs: Any = forward(model, example_input)
     try:

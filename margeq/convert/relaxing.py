@@ -144,8 +144,9 @@ def _relaxed(
 def _new_path(name: str, make: Callable[[Spot], nn.Module], spot: Spot, seed: int) -> nn.Module:
     """A path at zero, its first factors drawn by layer and name: the same among other paths."""
     weight = spot.layer.weight
-    with torch.random.fork_rng():
-        torch.manual_seed(crc32(f"{seed}:{spot.name}:{name}".encode()))
+    # drawn on the CPU, whatever the default device, and with its generator alone
+    with torch.random.fork_rng([]), torch.device("cpu"):
+        torch.default_generator.manual_seed(crc32(f"{seed}:{spot.name}:{name}".encode()))
         path = make(spot).to(weight.device, weight.dtype).train(spot.layer.training)
         x = torch.randn(_N_PROBES, *spot.in_shape).to(weight)
     silence(path, x, spot.out_shape, f"{spot.name or 'the model itself'}: the path {name!r}")

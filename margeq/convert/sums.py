@@ -75,7 +75,8 @@ def _folded(terms: _Terms) -> _Terms:
     if len(one) < 2:
         return terms
     # named after paths: those that are left are no more than these
-    return {name: [conv] for name, conv in zip(convs, folded(one), strict=False)} | others
+    found: _Terms = {name: [conv] for name, conv in zip(convs, folded(one), strict=False)}
+    return found | others
 
 
 def _is_conv(term: list[nn.Module]) -> bool:
