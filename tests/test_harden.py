@@ -19,7 +19,7 @@ from margeq.convert import cost_table, costs
 from margeq.convert.folding import folded, scaled
 from margeq.data import place_digits
 from margeq.errors import ConfigError, ConversionError, UnsupportedLayerError
-from margeq.groups import P4, P4M, Z2
+from margeq.groups import P2, P4, P4M, Z2
 from margeq.layers import (
     FactoredLinear2d,
     GroupConv2d,
@@ -281,6 +281,12 @@ def test_sums_inside_of_paths_and_identities():
     inner.switch_off("a")
     outer = ResidualPathways({"sum": nn.Sequential(inner, nn.ReLU()), "same": nn.Identity()}, "sum")
     require_same(margeq.harden(outer), outer, torch.randn(2, 2, 5, 5))
+    groups = {
+        str(group): nn.Sequential(SplitGroup(group), GroupGate(group, 0.6), MergeGroup())
+        for group in (P4, P2)
+    }
+    split = ResidualPathways(groups, "sum")
+    require_same(margeq.harden(split), split, torch.randn(2, 8, 5, 5))
     two = ResidualPathways({"a": nn.Identity(), "b": nn.Identity()}, "mean")
     require_same(margeq.harden(two), two, torch.randn(2, 2, 5, 5))
 
@@ -447,6 +453,18 @@ def test_paths_that_are_off_are_dropped(trained):
         assert after.parameters == selected
     assert after.parameters < 0.5 * before.parameters
     assert after.macs <= before.macs
+
+
+def test_a_verdict_drops_what_is_still_computed(trained):
+    model, result, images = trained
+    other = deepcopy(model)
+    other.layer1.switch_on("fc")
+    nn.init.normal_(other.layer1.paths["fc"].weight_v)
+    nn.init.normal_(other.layer1.paths["fc"].weight_u)
+    plain = margeq.harden(other, result, example_input=images[:8])
+    assert other.layer1.active == ("conv", "fc")
+    require_same(plain, margeq.harden(model), images)
+    assert float((other(images[:8]) - plain(images[:8])).detach().abs().max()) > 0.1
 
 
 def _is_off(name: str, off: list[tuple[str, str]]) -> bool:
