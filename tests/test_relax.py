@@ -133,6 +133,7 @@ def test_callers_model_is_left_as_it_is():
     model = small_cnn()
     model[0].weight.requires_grad_(False)
     model[3].eval()
+    model[2].eval()
     before = deepcopy(model.state_dict())
     random = torch.get_rng_state()
     relaxed = margeq.relax(model, torch.randn(2, 3, 9, 9, generator=torch.Generator()))
@@ -144,6 +145,7 @@ def test_callers_model_is_left_as_it_is():
     assert type(model[0]) is nn.Conv2d
     assert (model.training, model[3].training) == (True, False)
     assert (relaxed.training, relaxed[3].training, relaxed[0].training) == (True, False, True)
+    assert not any(module.training for module in relaxed[2].modules())
     assert not relaxed[0].paths["conv"].weight.requires_grad
     assert relaxed[0].paths["factored"].weight_v.requires_grad
     relaxed[0].paths["conv"].weight.data.zero_()
@@ -159,8 +161,10 @@ def test_draws_follow_seed_layer_and_path():
     one = drawn()
     assert torch.equal(one, drawn(paths=("p4", "factored")))
     assert not torch.equal(one, drawn(seed=1))
-    relaxed = margeq.relax(model, torch.zeros(1, 3, 9, 9))
-    assert not torch.equal(one[:, :3], relaxed[0].paths["factored"].weight_u[..., :81])
+    pair = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1))
+    first, second = margeq.relax(pair, torch.zeros(1, 2, 4, 4))
+    both = [layer.paths["factored"].weight_u for layer in (first, second)]
+    assert not torch.equal(*both)
 
 
 def test_inputs_in_double_precision_and_by_name():
@@ -421,10 +425,17 @@ class Offset(nn.Module):
         return x + 1.0
 
 
-@pytest.mark.parametrize("end", [Offset(), nn.Conv2d(8, 8, 1).requires_grad_(False)])
-def test_paths_that_cannot_start_at_zero(end):
+@pytest.mark.parametrize(
+    "path",
+    [
+        nn.Sequential(nn.Conv2d(3, 8, 3), Offset()),
+        nn.Sequential(nn.Conv2d(3, 8, 3).requires_grad_(False), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.Hardtanh(0.5, 1.0), nn.Threshold(0.6, 0.0)),
+    ],
+)
+def test_paths_that_cannot_start_at_zero(path):
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3)), torch.zeros(1, 3, 9, 9)
-    own = {"mine": lambda *_: nn.Sequential(nn.Conv2d(3, 8, 3).requires_grad_(False), end)}
+    own = {"mine": lambda *_: path}
     with pytest.raises(ConfigError, match="0: the path 'mine' cannot start at the zero function"):
         margeq.relax(model, x, own)
 

@@ -135,7 +135,7 @@ def _relaxed(
         why = "; ".join(f"no {name}: {reason}" for name, reason in omitted.items())
         return selection.left(layer, names, seen, why or f"{original} is its only path"), None
     new = ResidualPathways(paths, reduction="sum")
-    new.training = layer.training
+    new.training = new.paths.training = layer.training
     counts = {name: sum(p.numel() for p in path.parameters()) for name, path in paths.items()}
     kind, (x, y) = type(layer).__name__, sizes
     return RelaxedLayer(names, kind, original, counts, (tuple(x), tuple(y)), omitted), new

@@ -55,14 +55,17 @@ def _added(terms: _Terms, scale: float) -> list[nn.Module]:
 
 
 def _common(terms: _Terms, *, first: bool) -> list[nn.Module]:
-    """The reshaping with which all terms begin, or end."""
+    """The reshaping with which all terms begin, or end.
+
+    At the end only what splits an axis: maps of different shapes can be flattened to one shape.
+    """
     found: list[nn.Module] = []
     if len(terms) < 2:
         return found
+    kinds = nn.Flatten | nn.Unflatten if first else nn.Unflatten
     ordered = [term if first else term[::-1] for term in terms.values()]
     for modules in zip(*ordered, strict=False):
-        reshapes = all(isinstance(m, nn.Flatten | nn.Unflatten) for m in modules)
-        if not reshapes or len({str(m) for m in modules}) > 1:
+        if not all(isinstance(m, kinds) for m in modules) or len({str(m) for m in modules}) > 1:
             break
         found.append(modules[0])
     return found if first else found[::-1]
