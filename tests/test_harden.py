@@ -347,6 +347,24 @@ def test_caller_keeps_the_model_and_flags_go_over():
     plain(torch.randn(2, 1, 16, 16)).sum().backward()
 
 
+def test_parts_keep_their_own_mode():
+    norm = nn.BatchNorm2d(2).eval()
+    model = nn.Sequential(
+        PerElement(nn.Sequential(nn.Dropout(0.5).eval(), nn.MaxPool2d(2))), MergeGroup(),
+        ResidualPathways({"a": nn.Sequential(nn.Conv2d(8, 2, 1), norm), "b": nn.Conv2d(8, 2, 3)}),
+        SparseConv2d(2, 2, 3).eval(),
+    )  # fmt: skip
+    plain = margeq.harden(model)
+    flags = {type(module): module.training for module in plain.modules()}
+    assert (flags[nn.Dropout], flags[nn.BatchNorm2d], flags[nn.Flatten]) == (False, False, True)
+    assert (plain[2].training, plain[2].get_submodule("terms.b").training, plain[3].training) == (
+        True,
+        True,
+        False,
+    )
+    assert not any(module.training for module in margeq.harden(model.eval()).modules())
+
+
 def test_modules_that_stand_there_twice():
     layer = SparseConv2d(2, 2, 3, padding=1)
     model = nn.Sequential(layer, nn.ReLU(), layer)

@@ -85,18 +85,22 @@ class _Hardening:
 
     def __init__(self) -> None:
         self._done: dict[nn.Module, nn.Module] = {}
+        self._settled: set[nn.Module] = set()
 
     def plain(self, module: nn.Module, name: str) -> nn.Module:
-        """The module without margeq."""
+        """The module without margeq, in the same mode; parts keep their own."""
         if module not in self._done:
-            self._done[module] = self._converted(module, name)
+            new = self._done[module] = self._converted(module, name)
+            for part in set(new.modules()) - self._settled:
+                part.training = module.training
+                self._settled.add(part)
         return self._done[module]
 
     def _converted(self, module: nn.Module, name: str) -> nn.Module:
         if isinstance(module, ResidualPathways):
-            return self._sum(module, name).train(module.training)
+            return self._sum(module, name)
         if type(module) in PLAIN:
-            return PLAIN[type(module)](module).train(module.training)
+            return PLAIN[type(module)](module)
         for local, child in _children(module).items():
             setattr(module, local, self.plain(child, f"{name}.{local}".removeprefix(".")))
         if type(module) in PLAIN_AROUND:
@@ -123,14 +127,14 @@ class _Tracer(fx.Tracer):
 def _container(module: nn.Module, name: str) -> nn.Module:
     """A module of margeq whose parts are plain."""
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-        return nn.Sequential(_children(module)).train(module.training)
+        return nn.Sequential(_children(module))
     if _is_ours(module, "margeq.layers"):
         raise _no_plain_form(module, name, "")
     try:
         graph = _Tracer().trace(module)
     except Exception as error:  # whatever a forward does that cannot be traced
         raise _no_plain_form(module, name, f" ({error})") from error
-    return fx.GraphModule(module, graph, type(module).__name__).train(module.training)
+    return fx.GraphModule(module, graph, type(module).__name__)
 
 
 def _children(module: nn.Module) -> OrderedDict[str, nn.Module]:

@@ -33,7 +33,7 @@ class _Tracer(fx.Tracer):
 
 def graph_of(module: nn.Module, name: str) -> fx.GraphModule:
     """What a module computes, calling its sub-modules as they are, without its class."""
-    return fx.GraphModule(module, _Tracer().trace(module), name).train(module.training)
+    return fx.GraphModule(module, _Tracer().trace(module), name)
 
 
 def parts(module: nn.Module) -> list[nn.Module]:

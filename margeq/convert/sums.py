@@ -55,13 +55,11 @@ def _added(terms: _Terms, scale: float) -> list[nn.Module]:
 
 
 def _common(terms: _Terms, *, first: bool) -> list[nn.Module]:
-    """The reshaping with which all terms begin, or end.
-
-    At the end only what splits an axis: maps of different shapes can be flattened to one shape.
-    """
+    """The reshaping with which all terms begin, or end."""
     found: list[nn.Module] = []
     if len(terms) < 2:
         return found
+    # at the end only what splits an axis: maps of different shapes can be flattened to one shape
     kinds = nn.Flatten | nn.Unflatten if first else nn.Unflatten
     ordered = [term if first else term[::-1] for term in terms.values()]
     for modules in zip(*ordered, strict=False):
