@@ -185,6 +185,29 @@ def test_inputs_in_double_precision_and_by_name():
         assert [type(relaxed.get_submodule(n).paths["p4"][0]) for n in "ab"] == [LiftingConv2d] * 2
 
 
+def test_lazy_layers_and_channels_last():
+    lazy = nn.Sequential(nn.LazyConv2d(4, 3, padding=1), nn.ReLU(), nn.LazyConv2d(6, 3))
+    x = torch.randn(2, 3, 8, 8)
+    relaxed = margeq.relax(lazy, x)
+    assert [layer.original for layer in relaxation(relaxed).relaxed] == ["conv", "conv"]
+    assert type(lazy[0]) is nn.LazyConv2d
+    lazy(x)
+    model = lazy.to(memory_format=torch.channels_last)
+    last = x.to(memory_format=torch.channels_last)
+    relaxed = margeq.relax(model, last, ("factored", "s_conv", "p2"))
+    assert torch.equal(relaxed(last), model(last))
+    assert torch.equal(relaxed(x), model(x))
+
+
+def test_one_layer_after_the_other():
+    model, x = small_cnn().eval(), torch.randn(2, 3, 9, 9)
+    first = margeq.relax(model, x, include=["0"])
+    both = margeq.relax(first, x, exclude=["0"])
+    assert torch.equal(both(x), model(x))
+    assert [layer.names for layer in relaxation(both).relaxed] == [("2",)]
+    assert [layer.names for layer in relaxation(first).relaxed] == [("0",)]
+
+
 # -- the way back ----------------------------------------------------------------------------------
 
 
@@ -536,13 +559,14 @@ def test_training_names_every_layer(name):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::margeq.errors.ConvergenceWarning")
 @pytest.mark.filterwarnings("ignore::margeq.errors.NumericalWarning")  # of single precision
-@pytest.mark.parametrize(("make", "size"), [(resnet18, 8), (vgg11, 32)])
-def test_training_of_full_widths(make, size):
-    loader = a_loader(8, 3, size, size, n_classes=10)
+@pytest.mark.parametrize(("make", "path"), [(resnet18, "s_conv"), (vgg11, "s_factored")])
+def test_training_of_full_widths(make, path):
+    """About 70 and 40 seconds, 2.5 GB."""
+    loader = a_loader(8, 3, 32, 32, n_classes=10)
     x = loader.dataset[0][0][None]
     model = make().eval()
     model(x)
-    relaxed = margeq.relax(model, x, ("s_factored", "conv"))
+    relaxed = margeq.relax(model, x, (path, "conv"))
     assert torch.equal(relaxed(x), model(x))
     result = margeq.optimize_marglik(
         relaxed, loader, n_epochs=1, n_epochs_burnin=1, restarts=["current"], seed=0,

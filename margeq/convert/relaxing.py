@@ -44,7 +44,8 @@ def relax(
     becomes one too, its path is ``"fc"``. The caller's model is left as it is.
 
     To go on from a trained model, train with ``optimize_marglik(..., restarts=["current"])``: with
-    ``restarts="auto"`` every start draws all weights anew.
+    ``restarts="auto"`` every start draws all weights anew. Even then, weights before a norm in
+    training mode begin at the norm that is held for them, which the normed outputs do not show.
 
     Built-in paths: ``"fc"`` (:class:`margeq.layers.Linear2d`), ``"factored"``
     (:class:`margeq.layers.FactoredLinear2d`), ``"s_factored"``, ``"s_conv"`` (the sparsified
