@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["import_laplace"]
+__all__ = ["import_laplace", "import_torchvision"]
 
 _NMS_SIGNATURE = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _OPERATORS = ("nms", "qnms")
@@ -24,13 +24,19 @@ _declared: torch.library.Library | None = None
 
 def import_laplace() -> ModuleType:
     """laplace-torch, with its import-time warnings (torch.jit.script) silenced."""
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:  # "operator torchvision::nms does not exist"
-        _declare_torchvision_operators()
+    import_torchvision()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         return importlib.import_module("laplace")
+
+
+def import_torchvision() -> ModuleType:
+    """torchvision, without its compiled operators if they are for another torch."""
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError:  # "operator torchvision::nms does not exist"
+        _declare_torchvision_operators()
+        return importlib.import_module("torchvision")
 
 
 def _declare_torchvision_operators() -> None:

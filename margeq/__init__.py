@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         bases,
         callbacks,
         checkpoint,
+        convert,
         curvature,
         data,
         distributed,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         runs,
         testing,
     )
+    from margeq.convert import harden, relax
     from margeq.curvature.io import LinearIO, register_kfac_rule
     from margeq.effective_dim import effective_dimension
     from margeq.laplace import log_marginal_likelihood
@@ -49,11 +51,13 @@ __all__ = [
     "bases",
     "callbacks",
     "checkpoint",
+    "convert",
     "curvature",
     "data",
     "distributed",
     "effective_dimension",
     "errors",
+    "harden",
     "laplace",
     "layers",
     "log_marginal_likelihood",
@@ -62,6 +66,7 @@ __all__ = [
     "named_weights",
     "optimize_marglik",
     "register_kfac_rule",
+    "relax",
     "runs",
     "testing",
 ]
@@ -71,6 +76,7 @@ _NAMESPACES = (
     "bases",
     "callbacks",
     "checkpoint",
+    "convert",
     "curvature",
     "data",
     "distributed",
@@ -88,11 +94,13 @@ _HOMES = {
     "LinearIO": "margeq.curvature.io",
     "MargLikResult": "margeq.training.result",
     "effective_dimension": "margeq.effective_dim",
+    "harden": "margeq.convert",
     "log_marginal_likelihood": "margeq.laplace",
     "named_hyperparameters": "margeq.parameters",
     "named_weights": "margeq.parameters",
     "optimize_marglik": "margeq.optimize",
     "register_kfac_rule": "margeq.curvature.io",
+    "relax": "margeq.convert",
 }
 
 

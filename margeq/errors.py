@@ -11,6 +11,7 @@ __all__ = [
     "CheckpointWarning",
     "ConfigError",
     "ConvergenceWarning",
+    "ConversionError",
     "CurvatureError",
     "DataError",
     "DataWarning",
@@ -50,6 +51,10 @@ class UnsupportedLayerError(MargeqError, NotImplementedError):
 
 class MissingRuleError(UnsupportedLayerError):
     """A trainable weight in a module type without a curvature rule."""
+
+
+class ConversionError(MargeqError, RuntimeError):
+    """A converted model does not compute what the original computes."""
 
 
 class CurvatureError(MargeqError, RuntimeError):

@@ -10,7 +10,15 @@ from torch import nn
 
 from margeq.errors import UnsupportedLayerError
 from margeq.groups import P4
-from margeq.layers import GroupPool, SparseConv2d
+from margeq.layers import (
+    GroupConv2d,
+    GroupPool,
+    IrrepGroupConv2d,
+    PartialGroupConv2d,
+    SparseConv2d,
+    SparseFactoredLinear2d,
+    SparseGroupConv2d,
+)
 from margeq.models import count_macs, ella, rotmnist_cnn
 from margeq.models.planar_layers import SeparableConv2d
 
@@ -46,7 +54,21 @@ def test_calls_of_a_shared_layer_all_count():
     assert count_macs(twice, (2, 4, 4), "paper") == (16 + 4) * (4 + 18)
 
 
+def test_sparsified_and_transposed_layers():
+    conv = SparseConv2d(2, 6, 3, padding=1, groups=2)
+    assert count_macs(conv, (2, 4, 5)) == 6 * 9 * 20  # as the filters that it convolves with
+    maps = SparseFactoredLinear2d(2, 3, (4, 4), (2, 2), anchors=(5, 2))
+    assert count_macs(maps, (2, 4, 4)) == 2 * 16 * 5 + 6 * (5 + 2) + 3 * 4 * 2
+    up = nn.ConvTranspose2d(2, 3, 2, stride=2)
+    assert count_macs(nn.Sequential(up, nn.GroupNorm(1, 3)), (2, 4, 4)) == 2 * 3 * 4 * 16
+    full, *others = (
+        kind(2, 3, 3, group=P4) for kind in (GroupConv2d, SparseGroupConv2d, IrrepGroupConv2d)
+    )
+    counts = {count_macs(layer, (2, 4, 6, 6)) for layer in (full, *others)}
+    assert counts == {2 * 3 * 16 * 9 * 16}
+
+
 def test_unknown_costs_are_refused():
-    with pytest.raises(UnsupportedLayerError, match=r"0 \(SparseConv2d\)"):
-        count_macs(nn.Sequential(SparseConv2d(1, 1, 3)), (1, 8, 8))
+    with pytest.raises(UnsupportedLayerError, match=r"0 \(PartialGroupConv2d\)"):
+        count_macs(nn.Sequential(PartialGroupConv2d(1, 1, 3, group=P4)), (1, 4, 8, 8))
     assert count_macs(GroupPool(P4), (1, 4, 8, 8)) == 0

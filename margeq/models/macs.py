@@ -15,11 +15,16 @@ from margeq.errors import ConfigError, UnsupportedLayerError
 from margeq.layers import (
     FactoredLinear2d,
     GroupConv2d,
+    IrrepGroupConv2d,
     LiftingConv2d,
     Linear2d,
     PairSeparableConv2d,
     SeparableGroupConv2d,
+    SparseConv2d,
+    SparseFactoredLinear2d,
+    SparseGroupConv2d,
 )
+from margeq.layers.basis import AnchorBasis
 from margeq.layers.planar import PlanarConv
 from margeq.models.planar_layers import SeparableConv2d
 
@@ -111,6 +116,23 @@ def _of_whole_maps(layer: Linear2d | FactoredLinear2d) -> _Cost:
     return _Cost(sum(factor.numel() for factor in factors), axes=(0, 0))
 
 
+def _of_transposed(layer: Any) -> _Cost:
+    return _Cost(0, mixing=layer.weight.numel())
+
+
+def _of_sparse_conv(layer: SparseConv2d) -> _Cost:
+    rows, columns = layer.kernel_size
+    return _Cost(layer.weight.shape[:2].numel() * rows * columns)
+
+
+def _of_sparse_maps(layer: SparseFactoredLinear2d) -> _Cost:
+    """Projections onto the anchors and back, and the factors between them."""
+    before = layer.in_channels * layer.basis_u.n_filters * layer.in_shape.numel()
+    after = layer.out_channels * layer.out_shape.numel()
+    projecting = before * layer.basis_u.n_anchors + after * layer.basis_v.n_anchors
+    return _Cost(projecting + layer.weight_u.numel() + layer.weight_v.numel(), axes=(0, 0))
+
+
 def _of_lifting(layer: LiftingConv2d) -> _Cost:
     return _Cost(_per_element(layer) * layer.window.size**2, axes=_PLANE)
 
@@ -143,7 +165,17 @@ _RULES: Mapping[type[nn.Module], Callable[[Any], _Cost]] = {
     FactoredLinear2d: _of_whole_maps,
     LiftingConv2d: _of_lifting,
     GroupConv2d: _of_group_conv,
+    SparseGroupConv2d: _of_group_conv,
+    IrrepGroupConv2d: _of_group_conv,
     PairSeparableConv2d: _of_pairs,
+    SparseConv2d: _of_sparse_conv,
+    SparseFactoredLinear2d: _of_sparse_maps,
+    AnchorBasis: _of_none,
+    nn.ConvTranspose1d: _of_transposed,
+    nn.ConvTranspose2d: _of_transposed,
+    nn.ConvTranspose3d: _of_transposed,
+    nn.GroupNorm: _of_none,
+    nn.LayerNorm: _of_none,
     nn.BatchNorm1d: _of_none,
     nn.BatchNorm2d: _of_none,
     nn.BatchNorm3d: _of_none,
@@ -165,7 +197,8 @@ def _shapes(model: nn.Module, input_shape: tuple[int, ...]) -> dict[nn.Module, _
                 f"count_macs: no cost is known of {name or 'the model itself'} "
                 f"({type(module).__name__}); count a network without it"
             )
-        if weighs or isinstance(module, _WHOLES):
+        costs = weighs and _RULES[type(module)] is not _of_none
+        if costs or isinstance(module, _WHOLES):
             handles.append(module.register_forward_hook(hook))
     with eval_mode(model), torch.no_grad():
         try:
