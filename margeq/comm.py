@@ -246,11 +246,22 @@ def require_equal(comm: Comm, values: Mapping[str, Any]) -> None:
         found = [note.get(name, "missing") for note in notes]
         if len(set(found)) > 1:
             others = [rank for rank, value in enumerate(found) if value != found[0]]
+            shown = comm.gather(_shown(values[name]) if name in values else "missing")
+            listed = "; ".join(f"rank {rank}: {shown[rank]}" for rank in (0, others[0]))
             raise DistributedMismatchError(
-                f"{name!r} differs between ranks: on {others} it is not what it is on rank 0; "
+                f"{name!r} differs between ranks ({listed}): on {others} it is not what it is on "
+                f"rank 0; "
                 f"start all ranks from the same seed, options and state_dict, or broadcast them "
                 f"from rank 0"
             )
+
+
+def _shown(value: Any) -> str:
+    """A value in a few words."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)} with norm {float(value.double().norm()):.6g}"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _digest(value: Any) -> str:

@@ -75,7 +75,7 @@ class Halving:
         return result
 
     def _halve_after(self, error: BaseException) -> None:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise error
         tried = self._largest if self._limit is None else self._limit
         if self._halvings == _MOST_HALVINGS or tried <= 1:
@@ -88,7 +88,7 @@ class Halving:
         self._halvings += 1
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     if isinstance(error, MargeqError):

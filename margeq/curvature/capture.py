@@ -290,8 +290,8 @@ def require_batch_axis(uses: Sequence[Use], n_data: int) -> None:
         if len(use.x) != n_data or len(use.y) != n_data:
             raise UnsupportedLayerError(
                 f"{use.prefix or 'the model'} ({type(use.layer).__name__}) was called with "
-                f"{len(use.x)} rows for {n_data} data; keep the data axis first and leave shared "
-                f"positions in axes of their own, [n, ..., features]"
+                f"{len(use.x)} rows for {n_data} data; keep the data axis first (batch_first=True) "
+                f"and leave shared positions in axes of their own, [n, ..., features]"
             )
 
 

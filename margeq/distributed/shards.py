@@ -133,6 +133,7 @@ class ShareOrder:
         seed: of ``generator``, the same on all ranks.
 
     Attributes:
+        seed: as given.
         generator: decides the passes to come.
 
     Example:
@@ -142,7 +143,12 @@ class ShareOrder:
 
     def __init__(self, n_data: int, batch_size: int, rank: int, size: int, seed: int = 0) -> None:
         self._n_data, self.batch_size, self._rank, self._size = n_data, batch_size, rank, size
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed, self.generator = seed, torch.Generator().manual_seed(seed)
+
+    @property
+    def together(self) -> int:
+        """Data per batch of all ranks together."""
+        return self.batch_size * self._size
 
     def __iter__(self) -> Iterator[list[int]]:
         draws = torch.Generator()
@@ -164,9 +170,9 @@ class ShareOrder:
 
     def _parts(self) -> list[tuple[int, int]]:
         """Bounds of this rank's batches in the order of all data; the last may differ in size."""
-        found, together = [], self.batch_size * self._size
-        for start in range(0, self._n_data, together):
-            common = min(together, self._n_data - start)
+        found = []
+        for start in range(0, self._n_data, self.together):
+            common = min(self.together, self._n_data - start)
             first, last = share_bounds(common, self._rank, self._size)
             if first < last:
                 found.append((start + first, start + last))

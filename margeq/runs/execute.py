@@ -27,6 +27,7 @@ from margeq.runs.layout import (
     CONFIG,
     EVENTS,
     RESULT,
+    is_free,
     require_same_config,
     warn_if_factory_changed,
 )
@@ -106,7 +107,7 @@ def _begin(config: RunConfig, directory: Path, factory: Path | None, resume: boo
         if not resume:
             for name in (RESULT, CONFIG, EVENTS):
                 (directory / name).unlink(missing_ok=True)
-    if not (directory / CONFIG).exists():
+    if is_free(directory):
         noted = factory and {"path": str(factory), "sha256": file_digest(factory)}
         entry = {
             "command": "run",
@@ -120,6 +121,8 @@ def _begin(config: RunConfig, directory: Path, factory: Path | None, resume: boo
 
 
 def _built(config: RunConfig) -> Task:
+    if not 0 <= config.seed < 2**63:
+        raise ConfigError(f"seed={config.seed} must be an integer from 0 to 2**63 - 1")
     # a task may draw from the global state, such as initial weights: the same ones every time
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)

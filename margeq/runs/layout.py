@@ -24,6 +24,7 @@ __all__ = [
     "LOG",
     "REQUEST",
     "RESULT",
+    "is_free",
     "read_command",
     "require_same_config",
     "warn_if_factory_changed",
@@ -55,13 +56,19 @@ def read_command(directory: Path) -> tuple[str, dict[str, Any]]:
     return str(command), dict(config)
 
 
+def is_free(directory: Path) -> bool:
+    """Whether no run has taken a step here: one that was refused at once leaves its place free."""
+    taken = (directory / RESULT).exists() or any((directory / CHECKPOINTS).glob("**/step-*"))
+    return not ((directory / CONFIG).exists() and taken)
+
+
 def require_same_config(directory: Path, command: str, config: Mapping[str, Any]) -> None:
-    """Refuse the directory of another run; one without ``config.json`` is anybody's.
+    """Refuse the directory of another run, unless it :func:`is_free`.
 
     Raises:
         ConfigError: naming the keys that differ, with both values.
     """
-    if not (directory / CONFIG).exists():
+    if is_free(directory):
         return
     stored_command, stored = read_command(directory)
     differing = differences({"command": stored_command, **stored}, {"command": command, **config})

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from margeq.batches import Batch
@@ -107,7 +108,12 @@ class MapEpoch:
                 f"the first pass; it has to yield the same number in every pass"
             )
         if not math.isfinite(float(total)):
+            half = any(w.dtype == torch.float16 for w in self._p.weights.values())
+            further = (
+                ", or give Adam an eps that float16 can tell from zero ({'eps': 1e-4}), or use "
+                "bfloat16"
+            )
             raise NonFiniteError(
                 f"epoch {epoch}: the training loss is {float(total)}; lower the learning rate "
-                f"(optimizer_kwargs={{'lr': ...}})"
+                f"(optimizer_kwargs={{'lr': ...}}){further * half}"
             )

@@ -12,7 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Rewind", "deterministic_algorithms", "generators_of", "random_devices", "transaction"]
+__all__ = [
+    "Rewind",
+    "deterministic_algorithms",
+    "generators_of",
+    "parts_of",
+    "random_devices",
+    "transaction",
+]
 
 
 def random_devices(model: nn.Module) -> list[int]:
@@ -50,7 +57,8 @@ class Rewind:
         self._flags = [(module, module.training) for module in model.modules()]
         self._gradients = [(p, p.grad) for p in model.parameters()]
         self._random = torch.get_rng_state(), random.getstate(), np.random.get_state()
-        self._generators = [(g, g.get_state()) for g in generators_of(loaders)]
+        owners = [*loaders, *model.modules()]
+        self._generators = [(g, g.get_state()) for g in generators_of(owners)]
 
     def __call__(self) -> None:
         """Go back to where it was built."""
@@ -114,12 +122,24 @@ def _cloned(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def generators_of(loaders: Sequence[Any]) -> list[torch.Generator]:
-    """Generators that decide the order of loaders, in a fixed order."""
-    owners: list[Any] = []
-    for loader in loaders:
-        batch_sampler = getattr(loader, "batch_sampler", None)
-        samplers = (getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None))
-        owners += [loader, batch_sampler, *samplers]
-    found = [getattr(owner, "generator", None) for owner in owners]
-    return [g for g in dict.fromkeys(found) if isinstance(g, torch.Generator)]
+def generators_of(owners: Sequence[Any]) -> list[torch.Generator]:
+    """Generators of torch that loaders, their parts, or modules hold, in a fixed order."""
+    found: list[Any] = []
+    for part in (part for owner in owners for part in parts_of(owner)):
+        found += [getattr(part, "generator", None), *getattr(part, "__dict__", {}).values()]
+    generators = [value for value in found if isinstance(value, torch.Generator)]
+    return list(dict.fromkeys(generators))
+
+
+def parts_of(owner: Any) -> list[Any]:
+    """A loader with its samplers, its function that collates, and its data sets; or a module."""
+    batch_sampler = getattr(owner, "batch_sampler", None)
+    samplers = (getattr(owner, "sampler", None), getattr(batch_sampler, "sampler", None))
+    found = [owner, batch_sampler, *samplers, getattr(owner, "collate_fn", None)]
+    inside = [] if isinstance(owner, nn.Module) else [getattr(owner, "dataset", None)]
+    while inside:
+        data = inside.pop()
+        if data is not None:
+            found.append(data)
+            inside += [getattr(data, "dataset", None), *getattr(data, "datasets", ())]
+    return found

@@ -6,13 +6,17 @@ before it kills, become a ``SystemExit`` with code 143.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from margeq.errors import CheckpointWarning
 
 __all__ = ["Interruption", "Stopped", "listening"]
 
@@ -40,6 +44,7 @@ class Interruption:
 
     def __init__(self, directory: Path | None = None, alone: bool = True) -> None:
         self._directory, self._alone = directory, alone
+        self._process, self._before = os.getpid(), {}
         self._signal: int | None = None
         self._aborted = self._ending = self._stepping = False
         self.listens = self.saved = False
@@ -66,12 +71,20 @@ class Interruption:
         Raises:
             KeyboardInterrupt: for a SIGINT after any other signal.
         """
+        if os.getpid() != self._process:  # a child that was forked meanwhile is not our business
+            signal.signal(number, self._before.get(number, signal.SIG_DFL))
+            os.kill(os.getpid(), number)
+            return
         again = self._signal is not None and number == signal.SIGINT
         if again and not self._ending:
             self._aborted = True
             raise KeyboardInterrupt("training aborted by a second SIGINT; the model is as before")
         if not again:
             self._signal = number
+
+    def handlers_before(self, handlers: Mapping[int, Any]) -> None:
+        """Remember whom signals are for in processes that are forked from here."""
+        self._before = dict(handlers)
 
     def adopt(self, number: int) -> None:
         """Stop for a signal that another rank has heard."""
@@ -118,9 +131,10 @@ class Interruption:
             if evidence is None
             else f"the model holds the best state so far, log marginal likelihood {evidence:.6g}"
         )
-        return KeyboardInterrupt(f"training stopped by SIGINT; {self._place()}; {model}")
+        return KeyboardInterrupt(f"training stopped by SIGINT; {self.place()}; {model}")
 
-    def _place(self) -> str:
+    def place(self) -> str:
+        """Where the call can be gone on from."""
         if self._directory is None:
             return "nothing was saved (checkpoint_dir=... would have)"
         what = "saved in" if self.saved else "not saved here, but see the last checkpoint in"
@@ -154,7 +168,12 @@ def listening(directory: Path | None, alone: bool = True) -> Iterator[Interrupti
         if interruption.requested is None or interruption.aborted:
             raise
         # an error is often the signal's doing: it reaches the workers of loaders too
-        raise interruption.ending() from (None if isinstance(error, Stopped) else error)
+        cause = None if isinstance(error, Stopped) else error
+        if cause is not None and interruption.requested != signal.SIGINT:
+            # the traceback of a SystemExit is never shown
+            what = f"stopped by a signal after {type(cause).__name__}: {cause}"
+            warnings.warn(f"{what}; {interruption.place()}", CheckpointWarning, stacklevel=2)
+        raise interruption.ending() from cause
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -170,6 +189,7 @@ def _install(interruption: Interruption, with_checkpoints: bool) -> dict[int, An
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Windows
     found = {number: signal.getsignal(number) for number in numbers}
     before = {number: handler for number, handler in found.items() if handler in _DEFAULTS}
+    interruption.handlers_before(before)
     for number in before:
         signal.signal(number, interruption.receive)
     interruption.listens = bool(before)

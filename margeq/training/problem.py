@@ -20,14 +20,19 @@ from margeq.curvature.bare import refuse_bare
 from margeq.curvature.capture import eval_mode, forward
 from margeq.curvature.explained import check_rules
 from margeq.curvature.options import KfacOptions
-from margeq.curvature.sampling import tensors_of
+from margeq.curvature.sampling import checksum, sample_keys, tensors_of
 from margeq.errors import ConfigError, DataError, DataWarning
+from margeq.halving import is_out_of_memory
 from margeq.likelihoods import Likelihood
 from margeq.paths import all_paths_on
 from margeq.priors import GaussianPrior
 from margeq.training.function_scale import FunctionScale, function_scale
 from margeq.training.network import require_finite, require_influence
-from margeq.training.ranks import first_of_all, refuse_what_ranks_cannot_share
+from margeq.training.ranks import (
+    first_of_all,
+    refuse_same_shares,
+    refuse_what_ranks_cannot_share,
+)
 
 __all__ = ["Problem", "Schedule", "first_look", "read_data"]
 
@@ -123,7 +128,8 @@ def first_look(
             refuse_bare(model, weights)
         device = next(model.parameters()).device
         batches = read_data(train_loader, device, batch_fn, comm)
-        own_inputs, own_data = _read_once(model, batches, likelihood)
+        own_inputs, own_data, content = _read_once(model, batches, likelihood)
+    refuse_same_shares(comm, own_data, content)
     first_inputs, n_data = first_of_all(own_inputs, own_data, device, comm)
     with together(comm):
         _warn_unseen(train_loader, own_data, n_data)
@@ -217,9 +223,9 @@ def _warn_unseen(loader: Iterable[Any], n_own: int, n_data: int) -> None:
 
 def _read_once(
     model: nn.Module, batches: Iterable[Batch], likelihood: Likelihood
-) -> tuple[Any, int]:
-    """First inputs, if any, and number of data; all targets are checked before any training."""
-    first, template, n_data = None, None, 0
+) -> tuple[Any, int, int]:
+    """First inputs, if any, number and checksum of data; targets are checked before training."""
+    first, template, n_data, content = None, None, 0, 0
     for batch in batches:
         if first is None or template is None:
             first, template = batch, _outputs(model, batch)
@@ -229,7 +235,8 @@ def _read_once(
         except DataError as error:
             raise DataError(f"batch {batch.index}: {error}") from error
         n_data += len(batch)
-    return None if first is None else first.inputs, n_data
+        content = (content + checksum(sample_keys((batch.inputs, batch.targets)))) % 2**63
+    return None if first is None else first.inputs, n_data, content
 
 
 def _outputs(model: nn.Module, batch: Batch) -> Tensor:
@@ -237,6 +244,8 @@ def _outputs(model: nn.Module, batch: Batch) -> Tensor:
         with eval_mode(model), torch.no_grad():
             outputs = forward(model, batch.inputs)
     except (RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         seen = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors_of(batch.inputs))
         raise DataError(
             f"the model cannot process batch {batch.index} with inputs {seen}: {error}"

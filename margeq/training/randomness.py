@@ -20,7 +20,7 @@ from torch.utils.data import (
 )
 
 from margeq.distributed.shards import ShareOrder
-from margeq.training.guards import generators_of, random_devices
+from margeq.training.guards import generators_of, parts_of, random_devices
 
 __all__ = ["Randomness"]
 
@@ -33,13 +33,14 @@ class Randomness:
     """Random states of torch, numpy and Python, and of the loaders.
 
     Args:
-        model: whose devices count.
+        model: whose devices count, and generators that its modules hold.
         loaders: of a run.
     """
 
     def __init__(self, model: nn.Module, loaders: Sequence[Any]) -> None:
         self._devices = random_devices(model)
         self._loaders = list({id(loader): loader for loader in loaders}.values())
+        self._owners = [*self._loaders, *model.modules()]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors."""
@@ -55,7 +56,7 @@ class Randomness:
             "cuda": [torch.cuda.get_rng_state(device) for device in self._devices],
             "python": random.getstate(),
             "numpy": {**numpy, "state": _plain(numpy["state"])},
-            "generators": [g.get_state() for g in generators_of(self._loaders)],
+            "generators": [g.get_state() for g in generators_of(self._owners)],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -71,7 +72,7 @@ class Randomness:
             torch.cuda.set_rng_state(value, device)
         random.setstate(state["python"])
         np.random.set_state(state["numpy"])
-        for generator, value in zip(generators_of(self._loaders), state["generators"], strict=True):
+        for generator, value in zip(generators_of(self._owners), state["generators"], strict=True):
             generator.set_state(value)
 
     def on_other_ranks(self, stored: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -92,8 +93,8 @@ class Randomness:
         """States of the loaders' generators: stored ones of orders that all ranks share."""
         shared = [getattr(loader, "batch_sampler", None) for loader in self._loaders]
         shared = [order.generator for order in shared if isinstance(order, ShareOrder)]
-        pairs = list(zip(generators_of(self._loaders), stored, strict=False))
-        live = [generator.get_state() for generator in generators_of(self._loaders)]
+        pairs = list(zip(generators_of(self._owners), stored, strict=False))
+        live = [generator.get_state() for generator in generators_of(self._owners)]
         found = [value if generator in shared else None for generator, value in pairs]
         return [
             own if value is None else value
@@ -102,15 +103,7 @@ class Randomness:
 
     def describe(self) -> list[dict[str, Any]]:
         """What decides the order of each loader, for comparisons."""
-        return [
-            {
-                "loader": type(loader).__name__,
-                "batch_size": getattr(loader, "batch_size", None),
-                "sampler": type(getattr(loader, "sampler", None)).__name__,
-                "generators": len(generators_of([loader])),
-            }
-            for loader in self._loaders
-        ]
+        return [_description(loader) for loader in self._loaders]
 
     def unknown_orders(self) -> list[str]:
         """Loaders whose batches may come in an order that no known state decides."""
@@ -138,6 +131,25 @@ class Randomness:
                 yield loader
 
 
+def _description(loader: Any) -> dict[str, Any]:
+    batches = getattr(loader, "batch_sampler", None)
+    found = {
+        "loader": type(loader).__name__,
+        "batch_size": getattr(loader, "batch_size", None),
+        "sampler": type(getattr(loader, "sampler", None)).__name__,
+        "generators": len(generators_of([loader])),
+    }
+    if isinstance(batches, ShareOrder):  # the same for any number of ranks
+        return {**found, "batch_size": batches.together, "seed": batches.seed}
+    if found["batch_size"] is None and batches is not None:
+        inner = type(getattr(batches, "sampler", None)).__name__
+        size, drops = (getattr(batches, name, None) for name in ("batch_size", "drop_last"))
+        batch_sampler = type(batches).__name__
+        found |= {"batch_sampler": batch_sampler, "batch_size": size, "drop_last": drops}
+        found["sampler"] = inner
+    return found
+
+
 def _has_state(loader: Any) -> bool:
     return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
@@ -152,7 +164,16 @@ def _is_known(loader: Any) -> bool:
         not loader.persistent_workers
         and not isinstance(loader.dataset, IterableDataset)
         and isinstance(loader.sampler, _KNOWN_SAMPLERS)
+        and not any(map(_holds_foreign_generator, parts_of(loader)))
         and (loader.batch_sampler is None or _is_plain(loader.batch_sampler))
+    )
+
+
+def _holds_foreign_generator(part: Any) -> bool:
+    """Random numbers of numpy or Python that only this object knows; torch's are saved."""
+    values = getattr(part, "__dict__", {}).values()
+    return any(
+        isinstance(v, np.random.Generator | np.random.RandomState | random.Random) for v in values
     )
 
 

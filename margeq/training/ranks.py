@@ -22,6 +22,7 @@ __all__ = [
     "error_of_first",
     "first_of_all",
     "rank_seed",
+    "refuse_same_shares",
     "refuse_what_ranks_cannot_share",
     "require_same_call",
     "tensors_that_agree",
@@ -80,6 +81,30 @@ def refuse_what_ranks_cannot_share(model: nn.Module, *loaders: Iterable[Any] | N
             f"rank. Ways out: freeze its statistics (call eval() on it, with the rest of the "
             f"model in training mode); use GroupNorm or LayerNorm; or train in one process"
         )
+
+
+def refuse_same_shares(comm: Comm, n_own: int, content: int) -> None:
+    """Refuse ranks that hold the very same data: each would count as often as there are ranks.
+
+    Args:
+        comm: the ranks.
+        n_own: number of data of this rank.
+        content: checksum of inputs and targets, in any order.
+
+    Raises:
+        DataError: naming the ranks and the way out.
+    """
+    if comm.size == 1:
+        return
+    shares = comm.gather([n_own, content])
+    for share in shares:
+        same = [other for other, its in enumerate(shares) if its == share]
+        if share[0] > 1 and len(same) > 1:
+            raise DataError(
+                f"ranks {', '.join(map(str, same))} hold the same {share[0]} data, each of which "
+                f"belongs to one rank; give every rank its own share with "
+                f"margeq.distributed.shard(dataset, ...)"
+            )
 
 
 def _rank_statistics(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:

@@ -48,6 +48,10 @@ def as_checkpoints(where: str | Path | Checkpoints | None) -> Checkpoints | None
     """
     if where is None or isinstance(where, Checkpoints):
         return where
+    if where == "":
+        raise ConfigError(
+            "checkpoint_dir='' (an environment variable that is not set?): use a path"
+        )
     if isinstance(where, (str, Path)):
         return Checkpoints(where)
     raise ConfigError(f"checkpoint_dir={where!r}: use a path, or margeq.checkpoint.Checkpoints")
