@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
 import margeq
+from benchmarks.networks import digits, lenet
 from margeq import cli
 from margeq.checkpoint import Checkpoints
 from margeq.distributed import shard
@@ -153,6 +154,38 @@ def test_generators_of_numpy_are_warned_of(tmp_path):
         train(network(), loader, tmp_path, batch_fn=stopping(9))
     with pytest.warns(DeterminismWarning, match="the order of batches of DataLoader cannot be"):
         train(network(), loader, tmp_path, batch_fn=lambda raw: raw)
+
+
+# -- another number of threads
+
+
+def lenet_run(threads, directory=None, epochs_until_signal=None):
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model, data, seen = lenet(), digits().dataset, []
+
+    def signal_after(event):
+        seen.extend([1] * (event.kind == "epoch"))
+        if len(seen) == epochs_until_signal:
+            signal.raise_signal(signal.SIGTERM)
+
+    result = train(
+        model, DataLoader(data, 128, shuffle=True), directory, float("inf"), n_epochs=6,
+        marglik_loader=[data.tensors], optimizer_kwargs={"lr": 1e-3}, callbacks=[signal_after],
+    )  # fmt: skip
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    return weights, result.log_marginal_likelihood
+
+
+@pytest.mark.slow
+def test_another_number_of_threads_moves_results_by_rounding_only(tmp_path, torch_as_before):
+    weights, evidence = lenet_run(1)
+    with pytest.raises(SystemExit):
+        lenet_run(1, tmp_path, epochs_until_signal=3)
+    with pytest.warns(DeterminismWarning, match="threads 1 there, 2 here"):
+        found, found_evidence = lenet_run(2, tmp_path)
+    assert float((found - weights).norm() / weights.norm()) < 1e-5
+    assert found_evidence == pytest.approx(evidence, rel=1e-5)
 
 
 # -- other batches than before
