@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         runs,
         testing,
     )
+    from margeq.comparison import compare
     from margeq.curvature.io import LinearIO, register_kfac_rule
     from margeq.effective_dim import effective_dimension
     from margeq.laplace import log_marginal_likelihood
@@ -49,6 +50,7 @@ __all__ = [
     "bases",
     "callbacks",
     "checkpoint",
+    "compare",
     "curvature",
     "data",
     "distributed",
@@ -87,6 +89,7 @@ _HOMES = {
     "GaussianPrior": "margeq.priors",
     "LinearIO": "margeq.curvature.io",
     "MargLikResult": "margeq.training.result",
+    "compare": "margeq.comparison",
     "effective_dimension": "margeq.effective_dim",
     "log_marginal_likelihood": "margeq.laplace",
     "named_hyperparameters": "margeq.parameters",
