@@ -185,7 +185,7 @@ def _require_known(plain: Mapping[str, Any], scores: Mapping[str, Any]) -> None:
 
 def _named(results: Mapping[str, Subject] | Iterable[Subject]) -> dict[str, Subject]:
     if isinstance(results, Mapping):
-        return dict(results)
+        return {str(name): subject for name, subject in results.items()}
     if isinstance(results, (str, Path)) or not isinstance(results, Iterable):
         raise ConfigError(
             f"results is a {type(results).__name__}; give a mapping of names to results, or a list"

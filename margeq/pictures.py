@@ -1,8 +1,8 @@
 """What the weights of a path look at, as small pictures, and how tied a free map is in place.
 
 A map ``W`` between feature maps, circular at its borders, is a convolution if it commutes with all
-translations ``T_g`` of its output. Its translation-tiedness is the share of its squared weights that
-is a convolution,
+translations ``T_g`` of its output. Its translation-tiedness is the share of its squared weights
+that is a convolution,
 
     tiedness(W) = |P W|^2 / |W|^2,    P W = mean_g T_g^-1 W T_g
 

@@ -9,13 +9,14 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from margeq.pictures import MOST_PICTURES
 from margeq.printable import printable
 from margeq.report.palette import path_colours
 from margeq.report.polar import subset_figure
 from margeq.report.svg import INK
+from margeq.report.words import kept_start
 from margeq.subsets import LearnedSubset, gate_label
 
 __all__ = ["FADE_SHARE", "PARTS", "Plate", "plates"]
@@ -25,8 +26,11 @@ PARTS = ("effective", "evidence", "precisions", "subsets", "filters")
 FADE_SHARE = 0.1
 _GREY = "#8a8a8a"
 _WIDTH = 4.6  # inches: as wide as a phone
+_LINE, _SIDE, _GAP = 0.27, 0.5, 0.06  # of pictures of weights
 _MOST_LAYERS = 24
 _LONGEST_NAME = 22
+
+_Image = list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ def plates(plain: Mapping[str, Any]) -> Iterator[Plate]:
     """
     rows = [row for row in plain["effective_dimension"]["paths"] if row["path"]]
     colours = path_colours(row["path"] for row in rows)
+    images = [_images(picture) for picture in plain["pictures"]]
     if rows:
         yield _bars(rows, colours, "effective", "effective parameters γ", "effective parameters")
         yield _bars(rows, colours, "share", "share of the function's variance", "shares")
@@ -68,9 +73,10 @@ def plates(plain: Mapping[str, Any]) -> Iterator[Plate]:
     subsets = plain["effective_dimension"]["subsets"]
     for number, (name, subset) in enumerate(subsets.items(), 1):
         yield _subset(name, subset, number)
-    seen = list(dict.fromkeys(picture["layer"] for picture in plain["pictures"]))[:_MOST_LAYERS]
-    for number, layer in enumerate(seen, 1):
-        yield _filters([p for p in plain["pictures"] if p["layer"] == layer], number)
+    seen = list(zip(plain["pictures"], images, strict=True))
+    shown = list(dict.fromkeys(picture["layer"] for picture, _ in seen))[:_MOST_LAYERS]
+    for number, layer in enumerate(shown, 1):
+        yield _filters([pair for pair in seen if pair[0]["layer"] == layer], number)
 
 
 # -- evidence ------------------------------------------------------------------------------------
@@ -83,8 +89,8 @@ def _starts(plain: Mapping[str, Any]) -> Plate:
         updates = restart["history"]["updates"]
         values = [u["log_marginal_likelihood"] / plain["n_data"] for u in updates]
         # paths own the colours: starts differ by their dashes
-        thin = {"lw": 1.2, "color": _GREY, "ls": ("--", ":", "-.", "-")[number % 4]}
-        style = {"lw": 2.2, "color": INK} if restart["kept"] else thin
+        thin: dict[str, Any] = {"lw": 1.2, "color": _GREY, "ls": ("--", ":", "-.", "-")[number % 4]}
+        style: dict[str, Any] = {"lw": 2.2, "color": INK} if restart["kept"] else thin
         kept = " (kept)" * restart["kept"]
         label = f"{_short(restart['start'])}{kept}"
         axis.plot([u["epoch"] for u in updates], values, label=label, marker=".", ms=4, **style)
@@ -97,15 +103,16 @@ def _starts(plain: Mapping[str, Any]) -> Plate:
 
 def _terms(plain: Mapping[str, Any]) -> Plate:
     figure, axis = _panel(2.9)
-    updates = next(r for r in plain["restarts"] if r["kept"])["history"]["updates"]
+    updates = kept_start(plain)["history"]["updates"]
     epochs = [u["epoch"] for u in updates]
     for key, label, style in (
-        ("log_likelihood", "fit: log-likelihood", {"ls": "--"}),
-        ("occam", "Occam term: price of the weights", {"ls": ":"}),
-        ("log_marginal_likelihood", "sum: log marginal likelihood", {"lw": 2.2}),
+        ("log_likelihood", "fit: log-likelihood", ("--", 1.5)),
+        ("occam", "Occam term: price of the weights", (":", 1.5)),
+        ("log_marginal_likelihood", "sum: log marginal likelihood", ("-", 2.2)),
     ):
         values = [u[key] / plain["n_data"] for u in updates]
-        axis.plot(epochs, values, color=INK, label=label, marker=".", ms=4, **style)
+        dash, width = style
+        axis.plot(epochs, values, color=INK, label=label, marker=".", ms=4, ls=dash, lw=width)
     _finish(figure, axis, "kept start: fit and Occam term", "epoch", "per datum [nats]", columns=1)
     fit, occam = (updates[-1][key] / plain["n_data"] for key in ("log_likelihood", "occam"))
     alt = f"Fit and Occam term per datum over the epochs; at the end {fit:.3f} and {occam:.3f}."
@@ -133,6 +140,7 @@ def _bars(
         left[row["layer"]] += row[key]
     axis.set_yticks(range(len(layers)), [_short(layer) for layer in layers])
     axis.invert_yaxis()
+    axis.margins(x=0.03)
     if name == "share":
         axis.set_xlim(0.0, 1.0)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -149,7 +157,7 @@ def _precisions(
     plain: Mapping[str, Any], layer: str, number: int, colours: Mapping[str, str]
 ) -> Plate:
     figure, axis = _panel(3.0)
-    history = next(r for r in plain["restarts"] if r["kept"])["history"]
+    history = kept_start(plain)["history"]
     updates, said = history["updates"], []
     epochs = [u["epoch"] for u in updates]
     for path in updates[0]["function_share"].get(layer, {}):
@@ -179,6 +187,8 @@ def _precisions(
                 label = f" {_short(path.upper())} switched off"
                 axis.axvline(switch["epoch"], color=colours[path], lw=1.4, label=label)
                 said.append(f"{path.upper()} is switched off at epoch {switch['epoch']}")
+    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        ticks(LogFormatter(minor_thresholds=(1.0, 0.5)))
     _finish(figure, axis, _short(layer) or "model", "epoch", "prior precision\n[1/weight²]")
     alt = f"Prior precisions of the weights of {layer} over the epochs. {'; '.join(said)}"
     return Plate("precisions", f"precisions-{number}", figure, printable(alt).strip())
@@ -205,25 +215,35 @@ def _subset(name: str, plain: Mapping[str, Any], number: int) -> Plate:
     return Plate("subsets", f"subset-{number}", figure, alt)
 
 
-def _filters(pictures: Sequence[Mapping[str, Any]], number: int) -> Plate:
-    """A row of pictures per path."""
-    figure = Figure(figsize=(_WIDTH, 1.0 * len(pictures) + 0.3), layout="constrained")
-    grid = figure.subplots(len(pictures), MOST_PICTURES, squeeze=False)
-    said = []
-    for row, picture in zip(grid, pictures, strict=True):
-        height, width = picture["size"]
-        for axis in row:
-            axis.set_axis_off()
-        for axis, values in zip(row, picture["values"], strict=False):
-            levels = list(bytes.fromhex(values))
-            image = [levels[i * width : (i + 1) * width] for i in range(height)]
-            axis.imshow(image, cmap="RdBu_r", vmin=1, vmax=255, interpolation="none")
+def _filters(pictures: Sequence[tuple[Mapping[str, Any], Sequence[_Image]]], number: int) -> Plate:
+    """A row of pictures per path, under what they are."""
+    height = (_LINE + _SIDE + _GAP) * len(pictures)
+    figure, said = Figure(figsize=(_WIDTH, height)), []
+    for row, (picture, images) in enumerate(pictures):
+        top = height - row * (_LINE + _SIDE + _GAP) - _LINE
+        name = _short(" ".join(filter(None, (picture["layer"], picture["path"].upper()))))
         note = f"largest |weight| {picture['largest']:.2g}" if picture["largest"] else "all zero"
-        title = f"{_short(picture['path'].upper() or picture['layer'])}: {picture['kind']}, {note}"
-        row[0].set_title(title, loc="left", fontsize=9)
-        said.append(title)
-    alt = f"Pictures of weights in {pictures[0]['layer']}: {'; '.join(said)}."
+        said.append(f"{name}: {picture['kind']}, {note}")
+        figure.text(_GAP / _WIDTH, (top + 0.05) / height, said[-1])
+        for place, image in enumerate(images):
+            left = _GAP + place * (_SIDE + _GAP)
+            box = (left / _WIDTH, (top - _SIDE) / height, _SIDE / _WIDTH, _SIDE / height)
+            axis = figure.add_axes(box)
+            axis.set_axis_off()
+            axis.imshow(image, cmap="RdBu_r", vmin=1, vmax=255, interpolation="none")
+    alt = f"Pictures of weights. {'; '.join(said)}."
     return Plate("filters", f"filters-{number}", figure, printable(alt))
+
+
+def _images(picture: Mapping[str, Any]) -> list[_Image]:
+    """Levels from 1 to 255, row by row."""
+    (height, width), found = picture["size"], []
+    for values in picture["values"][:MOST_PICTURES]:
+        levels = list(bytes.fromhex(values))
+        if len(levels) != height * width:
+            raise ValueError(f"a picture of {height} x {width} pixels with {len(levels)} values")
+        found.append([levels[i * width : (i + 1) * width] for i in range(height)])
+    return found
 
 
 # -- style ---------------------------------------------------------------------------------------

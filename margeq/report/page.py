@@ -12,13 +12,13 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from markupsafe import Markup
 
-from margeq.errors import ConfigError, MargeqError
+from margeq.errors import ConfigError
 from margeq.printable import printable
 from margeq.report.figures import PARTS, Plate, plates
 from margeq.report.palette import path_colours
 from margeq.report.reproduce import bibtex, facts
 from margeq.report.svg import as_svg, drawing, inline_svg, save_figure
-from margeq.report.words import evidence_sentence, lights, sentences, tiedness_sentence
+from margeq.report.words import evidence_sentence, lights, sentences, tiedness_sentences
 from margeq.runs.environment import versions
 from margeq.runs.files import write_json, write_text, writing
 from margeq.runs.results import REPORT_DATA, results_of
@@ -81,7 +81,7 @@ def write_report(
             configuration=json.dumps(_configuration(stored, source), indent=1, ensure_ascii=False),
             bibtex=bibtex(),
         )
-    except MargeqError:
+    except ConfigError:
         raise
     except _SYMPTOMS as error:
         raise ConfigError(
@@ -94,29 +94,27 @@ def write_report(
 
 def _story(number: int, plain: Mapping[str, Any], name: str, directory: Path) -> dict[str, Any]:
     """What the template says about one result."""
-    drawn: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
-    with drawing(), writing(directory):
-        for plate in plates(plain):
-            drawn[plate.part].append(_drawn(plate, number, name, directory))
-    n_data = plain["n_data"]
-    return {
+    rows = plain["effective_dimension"]["paths"]
+    said = {
         "id": f"s{number}",
         "title": f"Which {name}?" if name else "",
         "sentences": sentences(plain),
         "lights": lights(plain),
-        "rows": plain["effective_dimension"]["paths"],
+        "rows": rows,
         "evidence": evidence_sentence(plain),
         "total": plain["log_marginal_likelihood"],
-        "per_datum": plain["log_marginal_likelihood"] / n_data,
-        "n_data": n_data,
+        "per_datum": plain["log_marginal_likelihood"] / plain["n_data"],
+        "n_data": plain["n_data"],
         "held_out": _held_out(plain),
-        "figures": drawn,
-        "tiedness": [text for text in map(tiedness_sentence, plain["pictures"]) if text],
+        "tiedness": tiedness_sentences(plain),
         "is_bound": plain["flavour"]["is_bound"],
-        "colours": path_colours(
-            r["path"] for r in plain["effective_dimension"]["paths"] if r["path"]
-        ),
+        "colours": path_colours(row["path"] for row in rows if row["path"]),
     }
+    drawn: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
+    with drawing(), writing(directory):
+        for plate in plates(plain):
+            drawn[plate.part].append(_drawn(plate, number, name, directory))
+    return {**said, "figures": drawn}
 
 
 def _drawn(plate: Plate, number: int, name: str, directory: Path) -> dict[str, Any]:
@@ -126,7 +124,7 @@ def _drawn(plate: Plate, number: int, name: str, directory: Path) -> dict[str, A
     stem = f"{prefix}{plate.name}"
     save_figure(plate.figure, svg, directory / stem)
     # made by matplotlib, which escapes the names in it
-    inline = Markup(inline_svg(svg, f"{plate.name}-{number}"))  # noqa: S704
+    inline = Markup(inline_svg(svg, f"{plate.name}-{number}"))
     return {"svg": inline, "alt": plate.alt, "file": stem}
 
 

@@ -21,7 +21,7 @@ EMPTY = "#ededed"
 """Stands for room that is left, which in a page depends on its background."""
 
 _DOTS_PER_INCH = 192  # twice that of a screen
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.family": ["sans-serif"],
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,
@@ -51,6 +51,7 @@ def as_svg(figure: Figure) -> str:
     """The figure on no background, as text that begins with ``<svg``."""
     text = StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    figure.set_layout_engine("none")  # everything has its place now, also for the next one
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
@@ -75,11 +76,13 @@ def inline_svg(svg: str, prefix: str) -> str:
     )
     svg = re.sub(r"(href=\"|url\()#", rf"\1#{prefix}-", svg)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
-    svg = re.sub(r"(style=\"[^\"]*)" + INK, r"\1currentColor", svg)
-    while re.search(r"style=\"[^\"]*" + INK, svg):
-        svg = re.sub(r"(style=\"[^\"]*)" + INK, r"\1currentColor", svg)
-    svg = re.sub(r"(style=\"[^\"]*)" + EMPTY, r"\1var(--empty)", svg)
+    svg = re.sub(r'style="[^"]*"', _in_page_colours, svg)
     return svg.replace("<svg ", '<svg aria-hidden="true" ', 1)
+
+
+def _in_page_colours(style: re.Match[str]) -> str:
+    """Only in styles: a layer may be called like a colour."""
+    return style[0].replace(INK, "currentColor").replace(EMPTY, "var(--empty)")
 
 
 def save_figure(figure: Figure, svg: str, stem: Path) -> list[Path]:

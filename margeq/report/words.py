@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Light", "evidence_sentence", "lights", "sentences", "tiedness_sentence"]
+__all__ = ["Light", "evidence_sentence", "kept_start", "lights", "sentences", "tiedness_sentences"]
 
 FINE, CAREFUL, BAD, UNKNOWN = "fine", "take care", "problem", "unknown"
 
@@ -36,7 +36,7 @@ def sentences(plain: Mapping[str, Any]) -> list[str]:
     said = [_layer_sentence(layer or "the model", rows) for layer, rows in layers.items()]
     said += [f"{line}." for line in table["subset_lines"]]
     return said or [
-        "No layer has candidate paths or gates: the evidence chose prior precisions (and noise) only."
+        "No layer has candidate paths or gates: the evidence chose prior precisions and noise."
     ]
 
 
@@ -59,6 +59,12 @@ def _layer_sentence(layer: str, rows: Sequence[Mapping[str, Any]]) -> str:
     if len(on) == 1:
         return f"{layer} uses {on[0]} of its function's variance{end}."
     return f"{layer} mixes {_and(on)} of its function's variance{end}: no path is enough alone."
+
+
+def kept_start(plain: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The start whose weights the model holds."""
+    (kept,) = (restart for restart in plain["restarts"] if restart["kept"])
+    return kept
 
 
 def lights(plain: Mapping[str, Any]) -> list[Light]:
@@ -85,7 +91,7 @@ def _converged(plain: Mapping[str, Any]) -> Light:
 def _starts(plain: Mapping[str, Any]) -> Light:
     name, n_data = "starts agree", plain["n_data"]
     failed = [restart["start"] for restart in plain["restarts"] if restart["error"]]
-    kept = next(restart for restart in plain["restarts"] if restart["kept"])
+    kept = kept_start(plain)
     others = [restart for restart in plain["restarts"] if not (restart["error"] or restart["kept"])]
     fell = f" Failed: {', '.join(failed)}." if failed else ""
     if not others:
@@ -149,7 +155,7 @@ def _captured(plain: Mapping[str, Any]) -> Light:
 def evidence_sentence(plain: Mapping[str, Any]) -> str:
     """The kept evidence as the sum of its terms, and what the pair means."""
     n_data, total = plain["n_data"], plain["log_marginal_likelihood"]
-    updates = next(r for r in plain["restarts"] if r["kept"])["history"]["updates"]
+    updates = kept_start(plain)["history"]["updates"]
     kept = min(updates, key=lambda update: abs(update["log_marginal_likelihood"] - total))
     fit, occam = kept["log_likelihood"], kept["occam"]
     rest = kept["log_marginal_likelihood"] - fit - occam
@@ -157,22 +163,23 @@ def evidence_sentence(plain: Mapping[str, Any]) -> str:
     if abs(rest) > 1e-6 * max(1.0, abs(total)):
         penalty = f" and a penalty of hyperparameters inside the network of {rest / n_data:.3f}"
     return (
-        f"Per datum the evidence of {total / n_data:.3f} nats is a fit of {fit / n_data:.3f} plus an "
-        f"Occam term of {occam / n_data:.3f}{penalty}. More weights always improve the fit; each one "
-        f"that the data determine costs in the Occam term. A path stays only if it improves the fit "
-        f"by more than it costs, which is why no validation set is needed."
+        f"Per datum the evidence of {total / n_data:.3f} nats is a fit of {fit / n_data:.3f} plus "
+        f"an Occam term of {occam / n_data:.3f}{penalty}. More weights can only improve the fit; "
+        f"each one that the data determine costs in the Occam term. A path stays only if it "
+        f"improves the fit by more than it costs: that is why no validation set is needed."
     )
 
 
-def tiedness_sentence(picture: Mapping[str, Any]) -> str:
-    """How near the rows of a free map are to a convolution; nothing for kernels."""
-    if picture["kind"] != "rows" or picture["tiedness"] is None:
-        return ""
-    return (
-        f"{picture['layer']} {picture['path'].upper()}: translation-tiedness "
-        f"{picture['tiedness']:.1%}, where independent weights have {picture['independent']:.1%} on "
-        f"average."
-    )
+def tiedness_sentences(plain: Mapping[str, Any]) -> list[str]:
+    """How near free maps that are in use are to convolutions."""
+    off = [(r["layer"], r["path"]) for r in plain["effective_dimension"]["paths"]
+           if r["verdict"] == "off"]  # fmt: skip
+    return [
+        f"{p['layer']} {p['path'].upper()}: translation-tiedness {p['tiedness']:.1%}, where "
+        f"independent weights have {p['independent']:.1%} on average."
+        for p in plain["pictures"]
+        if p.get("tiedness") is not None and (p["layer"], p["path"]) not in off
+    ]
 
 
 def _name(row: Mapping[str, Any]) -> str:

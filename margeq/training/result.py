@@ -168,7 +168,7 @@ class MargLikResult:
         return import_module("margeq.report.page").report_result(self.to_dict(), Path(directory))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: everything but the tensors of the model, with some small pictures."""
+        """Plain data for JSON: everything but the tensors of the model, of which a few pictures."""
         table = self.effective_dimension()
         noise = {name: float(value.exp()) for name, value in _noise(self.likelihood).items()}
         return {
