@@ -191,15 +191,14 @@ def _named(results: Mapping[str, Subject] | Iterable[Subject]) -> dict[str, Subj
             f"results is a {type(results).__name__}; give a mapping of names to results, or a list"
         )
     subjects = list(results)
-    is_path = [isinstance(subject, (str, Path)) for subject in subjects]
-    places = [str(s) if p else "" for s, p in zip(subjects, is_path, strict=True)]
-    short = [Path(place).resolve().name for place in places]
+    last_parts = [Path(s).resolve().name for s in subjects if isinstance(s, (str, Path))]
     found: dict[str, Subject] = {}
-    for number, subject in enumerate(subjects):
-        name = f"#{number + 1}"
-        if is_path[number]:
+    for number, subject in enumerate(subjects, 1):
+        name = f"#{number}"
+        if isinstance(subject, (str, Path)):
+            name = Path(subject).resolve().name
             # the last part is enough where it tells the directories apart
-            name = short[number] if short.count(short[number]) == 1 else places[number]
+            name = name if last_parts.count(name) == 1 else str(subject)
         if name in found:
             raise ConfigError(f"{name} is given twice")
         found[name] = subject

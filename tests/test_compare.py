@@ -16,11 +16,18 @@ from torch import nn
 import margeq
 from margeq.cli import main
 from margeq.errors import ConfigError, FlavourMismatchError
+from margeq.runs import tasks
 from tests.run_files import FLAGS, TINY
 
 pytestmark = pytest.mark.filterwarnings("ignore::margeq.errors.ConvergenceWarning")
 
-EVIL = "[red]x[/]\x1b[31m"
+EVIL = "[red]x\x1b[31m"
+
+
+@pytest.fixture(autouse=True)
+def _registry(monkeypatch):
+    """Tasks that a test registers are gone after it."""
+    monkeypatch.setattr(tasks, "_TASKS", dict(tasks._TASKS))
 
 
 def data(seed=0, n=30):
@@ -233,7 +240,7 @@ def test_the_command(tmp_path, capsys):
     assert all(0.0 <= entry["held_out"]["accuracy"] <= 1.0 for entry in found["ranking"])
     assert main(["compare", *places]) == 0
     out = capsys.readouterr().out
-    rows = [line.split() for line in out.splitlines() if line.startswith("width-")]
+    rows = [line.split() for line in out.splitlines() if line.strip().startswith("width-")]
     assert [row[0] for row in rows] == [entry["name"] for entry in found["ranking"]]
     assert rows[0][2] == "0.00"
     assert math.isclose(float(rows[1][2]), found["ranking"][1]["difference"], abs_tol=0.006)
@@ -247,7 +254,7 @@ def test_names_are_text_on_a_terminal(results, tmp_path, capsys):
     assert main(["compare", *map(str, places)]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out
-    assert r"[red]x[/]\x1b[31m" in out.replace("\n", "")
+    assert r"[red]x\x1b[31m" in out
     assert r"\x1b" in str(margeq.compare(places))
 
 

@@ -30,6 +30,7 @@ from margeq.report.palette import path_colours
 from margeq.report.reproduce import facts
 from margeq.report.svg import INK, as_svg, drawing, inline_svg
 from margeq.report.words import evidence_sentence, lights, sentences, tiedness_sentences
+from margeq.runs import tasks
 from tests.run_files import FLAGS, TINY
 
 pytestmark = pytest.mark.filterwarnings("ignore::margeq.errors.ConvergenceWarning")
@@ -37,6 +38,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::margeq.errors.ConvergenceWarnin
 LAYER, PATH = "<script>alert(1)<", "[red]x[/]$a_b$"
 VOID = {"meta", "link", "br", "hr", "img", "rect", "path", "use", "image", "circle", "input"}
 BIDI = "a\u202eb"
+
+
+@pytest.fixture(autouse=True)
+def _registry(monkeypatch):
+    """Tasks that a test registers are gone after it."""
+    monkeypatch.setattr(tasks, "_TASKS", dict(tasks._TASKS))
 
 
 def strange_network():
