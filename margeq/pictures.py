@@ -39,8 +39,9 @@ _LARGEST_MAP = 1 << 22
 def path_pictures(model: nn.Module) -> list[dict[str, Any]]:
     """Kernels, and rows of induced maps, of each candidate path; of each layer without any.
 
-    Up to eight pictures each, of input channel 0: kernels of the first output channels, and rows of
-    output elements that are spread evenly over channels and places.
+    Up to eight pictures each: the kernels of the largest norm, of all pairs of channels; and of a
+    free map the rows of places that are spread evenly over the output, for the output and the input
+    channel of the largest norm. If the map is a convolution, these are one picture at eight places.
 
     Args:
         model: with or without candidate paths.
@@ -120,26 +121,36 @@ def _is_drawable(module: nn.Module) -> bool:
 def _described(module: nn.Module) -> dict[str, Any] | None:
     if isinstance(module, MapLayer):
         matrix: Tensor = getattr(module, "induced_weight")()  # noqa: B009  not all map layers have it
-        # evenly spaced output elements, so that several channels and places are shown
-        chosen = torch.linspace(0, len(matrix) - 1, min(MOST_PICTURES, len(matrix))).round().long()
-        rows = matrix[chosen.to(matrix.device), : module.in_shape.numel()]
+        rows = _rows(module, matrix)
         tied = {
             "tiedness": tiedness(module, matrix),
             "independent": 1.0 / module.out_shape.numel(),
         }
         return _encoded("rows", rows.reshape(-1, *module.in_shape), tied)
-    return _encoded("kernels", _kernels(module)[:MOST_PICTURES], {})
+    kernels = _kernels(module)
+    largest = kernels.square().sum((1, 2)).argsort(descending=True, stable=True)
+    return _encoded("kernels", kernels[largest[:MOST_PICTURES]], {})
+
+
+def _rows(layer: MapLayer, matrix: Tensor) -> Tensor:
+    """``[places, X]``: what one channel sees of another, of the pair of largest norm."""
+    whole = matrix.reshape(layer.out_channels, layer.out_shape.numel(), layer.in_channels, -1)
+    pair = int(whole.square().sum((1, 3)).argmax())
+    channel, seen = divmod(pair, layer.in_channels)
+    rows = whole[channel, :, seen]
+    chosen = torch.linspace(0, len(rows) - 1, min(MOST_PICTURES, len(rows))).round().long()
+    return rows[chosen.to(rows.device)]
 
 
 def _kernels(module: nn.Module) -> Tensor:
-    """``[O, k, k]`` of the first input channel, and of the neutral element of a group."""
+    """``[pairs of channels, k, k]``, of the neutral element of a group."""
     if isinstance(module, SparseConv2d):
-        return module.filters()[:, 0]
+        return module.filters().flatten(0, 1)
     if isinstance(module, nn.Conv2d):
-        return module.weight[:, 0]
+        return module.weight.flatten(0, 1)
     assert isinstance(module, PlanarConv)
-    weight = module.weight.flatten(1, -2)[:, 0]
-    return (weight @ module.basis[0].to(weight.dtype)).unflatten(1, module.window.kernel_size)
+    kernels = module.weight.flatten(0, -2) @ module.basis[0].to(module.weight.dtype)
+    return kernels.unflatten(1, module.window.kernel_size)
 
 
 def _encoded(kind: str, pictures: Tensor, more: dict[str, Any]) -> dict[str, Any] | None:

@@ -434,7 +434,7 @@ def start(name, value, kept=False, error=""):
 
 def test_all_is_fine():
     assert {light.state for light in diagnosed().values()} == {"fine"}
-    words = diagnosed()["starts agree"].words
+    words = diagnosed()["starts"].words
     assert "symmetric is kept, 30 nats (0.3 per datum) ahead of free" in words
 
 
@@ -449,11 +449,11 @@ def test_all_is_fine():
         ({"captured_trace": 0.95}, "captured trace", "take care", "95.00%"),
         ({"captured_trace": 0.5}, "captured trace", "problem", "too high"),
         ({"captured_trace": None}, "captured trace", "unknown", "not known"),
-        ({"restarts": [start("a", -1.0, True)]}, "starts agree", "take care", "only the start a"),
+        ({"restarts": [start("a", -1.0, True)]}, "starts", "take care", "only the start a"),
         ({"restarts": [start("a", -1.0, True), start("b", None, error="E: x")]},
-         "starts agree", "take care", "Failed: b."),
+         "starts", "take care", "Failed: b."),
         ({"restarts": [start("a", -1.0, True), start("b", -2.0), start("c", -9.0)]},
-         "starts agree", "take care", "1 nats (0.01 per datum) ahead of b"),
+         "starts", "take care", "1 nats (0.01 per datum) ahead of b"),
     ],
 )  # fmt: skip
 def test_what_is_not_fine_says_so(changes, name, state, said):
@@ -498,13 +498,13 @@ def test_svg_in_a_page_keeps_its_ids_to_itself():
         figure = Figure(figsize=(2, 1))
         axis = figure.subplots()
         axis.plot([0, 1], [0, 1], label=INK)
-        axis.set_title(f"{INK} <b> & $x_1$")
+        axis.set_title(f"{INK} <b> & $x_1$ 0.0034567")
         svg = as_svg(figure)
     first, second = inline_svg(svg, "a"), inline_svg(svg, "b")
     ids = [set(re.findall(r'id="([^"]+)"', text)) for text in (first, second)]
     assert ids[0]
     assert ids[0].isdisjoint(ids[1])
-    assert f">{INK} &lt;b&gt; &amp; $x_1$<" in first  # text is left as it is
+    assert f">{INK} &lt;b&gt; &amp; $x_1$ 0.0034567<" in first  # text is left as it is
     assert math.isclose(len(first), len(svg), rel_tol=0.5)
     assert "xmlns" not in first
     assert "xlink" not in first

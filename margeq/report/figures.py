@@ -182,11 +182,12 @@ def _precisions(
             label = f" {_short(path.upper())} below {FADE_SHARE:.0%}"
             axis.axvline(faded, color=colours[path], ls=(0, (1, 3)), lw=1.4, label=label)
             said.append(f"{path.upper()} falls below {FADE_SHARE:.0%} at epoch {faded}")
+        label = f" {_short(path.upper())} switched off"
         for switch in history["switches"]:
             if (switch["layer"], switch["path"], switch["to"]) == (layer, path, "off"):
-                label = f" {_short(path.upper())} switched off"
                 axis.axvline(switch["epoch"], color=colours[path], lw=1.4, label=label)
                 said.append(f"{path.upper()} is switched off at epoch {switch['epoch']}")
+                label = None  # said once, also of a path that was tried again
     for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
         ticks(LogFormatter(minor_thresholds=(1.0, 0.5)))
     _finish(figure, axis, _short(layer) or "model", "epoch", "prior precision\n[1/weight²]")

@@ -89,7 +89,7 @@ def _converged(plain: Mapping[str, Any]) -> Light:
 
 
 def _starts(plain: Mapping[str, Any]) -> Light:
-    name, n_data = "starts agree", plain["n_data"]
+    name, n_data = "starts", plain["n_data"]
     failed = [restart["start"] for restart in plain["restarts"] if restart["error"]]
     kept = kept_start(plain)
     others = [restart for restart in plain["restarts"] if not (restart["error"] or restart["kept"])]
