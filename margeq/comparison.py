@@ -150,14 +150,14 @@ def compare(
     Example:
         >>> import torch, margeq
         >>> x = torch.linspace(-1, 1, 50)[:, None]
-        >>> y = 2 * x + 0.1 * torch.cos(40 * x)
+        >>> y = 2 * x + 1 + 0.1 * torch.cos(40 * x)
         >>> results = {
         ...     name: margeq.optimize_marglik(
         ...         torch.nn.Linear(1, 1, bias=name == "affine"), [(x, y)], n_epochs=100,
         ...         likelihood="regression", optimizer_kwargs={"lr": 0.1}, seed=0)
         ...     for name in ("linear", "affine")}
         >>> margeq.compare(results).best.name
-        'linear'
+        'affine'
     """
     plain = {name: _plain(subject, name) for name, subject in _named(results).items()}
     if not plain:

@@ -25,6 +25,7 @@ from margeq.errors import ConfigError
 from margeq.groups import P4M
 from margeq.layers import Linear2d, ResidualPathways
 from margeq.models import group_digit_network
+from margeq.report.figures import plates
 from margeq.report.page import write_report
 from margeq.report.palette import path_colours
 from margeq.report.reproduce import facts
@@ -488,6 +489,79 @@ def test_facts_leave_out_what_is_not_known(plain):
     assert set(found) == {"command", "data", "evidence flavour", "log marginal likelihood"}
     assert "is_bound" not in found["evidence flavour"]
     assert "curvature kfac" in found["evidence flavour"]
+
+
+# --- figures
+
+
+def told(plain, shares, switches=()):
+    """The result with another history of its second path."""
+    changed = copy.deepcopy(plain)
+    history = next(r for r in changed["restarts"] if r["kept"])["history"]
+    history["switches"] = [
+        {"epoch": epoch, "layer": LAYER, "path": PATH, "to": to} for epoch, to in switches
+    ]
+    for update, share in zip(history["updates"], shares, strict=True):
+        update["function_share"][LAYER] = {"conv": 1.0 - share, PATH: share}
+    with drawing():
+        return {plate.name: plate for plate in plates(changed)}
+
+
+def lines(plate, word):
+    """Points of the lines whose label has a word in it."""
+    (axis,) = plate.figure.axes
+    return [line.get_xydata().tolist() for line in axis.lines if word in str(line.get_label())]
+
+
+def test_bars_are_stacked(plain):
+    drawn = told(plain, [0.5] * 4)
+    rows = [row for row in plain["effective_dimension"]["paths"] if row["path"]]
+    for name, key in (("effective", "effective"), ("share", "function_share")):
+        first, second = drawn[name].figure.axes[0].patches
+        assert first.get_width() == pytest.approx(rows[0][key])
+        assert first.get_x() == 0.0
+        assert second.get_width() == pytest.approx(rows[1][key])
+        assert second.get_x() == pytest.approx(rows[0][key])
+
+
+def test_precisions_end_where_a_path_is_switched_off(plain):
+    plate = told(plain, [0.5, 0.4, 0.0, 0.0], [(1, "probe"), (3, "off"), (4, "off")])[
+        "precisions-1"
+    ]
+    (curve,) = lines(plate, "weight")[1:]
+    history = next(r for r in plain["restarts"] if r["kept"])["history"]
+    (group,) = [g for t, g in plain["prior_groups"].items() if PATH in t and t.endswith("weight")]
+    values = [update["prior_precision"][group] for update in history["updates"]]
+    assert [y for _, y in curve[:2]] == pytest.approx(values[:2])
+    assert all(math.isnan(y) for _, y in curve[2:])
+    assert [line[0][0] for line in lines(plate, "switched off")] == [3]
+    assert [line[0][0] for line in lines(plate, "below 10%")] == [3]
+    assert "is switched off at epoch 3; " in plate.alt
+    assert "switched off at epoch 4" in plate.alt
+    assert "switched off at epoch 1" not in plate.alt
+
+
+def test_a_path_that_stays_has_no_such_line(plain):
+    plate = told(plain, [0.05, 0.4, 0.4, 0.4])["precisions-1"]
+    assert lines(plate, "below") == []
+    assert lines(plate, "switched off") == []
+    plate = told(plain, [0.05, 0.4, 0.4, 0.05])["precisions-1"]
+    assert [line[0][0] for line in lines(plate, "below")] == [4]
+
+
+def test_evidence_is_drawn_per_datum(plain):
+    drawn = told(plain, [0.5] * 4)
+    updates = next(r for r in plain["restarts"] if r["kept"])["history"]["updates"]
+    (kept,) = lines(drawn["evidence"], "(kept)")
+    assert [y for _, y in kept] == pytest.approx(
+        [u["log_marginal_likelihood"] / 24 for u in updates]
+    )
+    (fit_term,), (occam,), (total,) = (
+        lines(drawn["evidence-terms"], word) for word in ("fit", "Occam", "sum")
+    )
+    for one, two, three in zip(fit_term, occam, total, strict=True):
+        assert one[1] + two[1] == pytest.approx(three[1])
+    assert all(y < 0 for _, y in occam)
 
 
 # --- SVG
