@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         runs,
         testing,
     )
+    from margeq.comparison import compare
     from margeq.convert import harden, relax
     from margeq.curvature.io import LinearIO, register_kfac_rule
     from margeq.effective_dim import effective_dimension
@@ -51,6 +52,7 @@ __all__ = [
     "bases",
     "callbacks",
     "checkpoint",
+    "compare",
     "convert",
     "curvature",
     "data",
@@ -93,6 +95,7 @@ _HOMES = {
     "GaussianPrior": "margeq.priors",
     "LinearIO": "margeq.curvature.io",
     "MargLikResult": "margeq.training.result",
+    "compare": "margeq.comparison",
     "effective_dimension": "margeq.effective_dim",
     "harden": "margeq.convert",
     "log_marginal_likelihood": "margeq.laplace",

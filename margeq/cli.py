@@ -1,4 +1,4 @@
-"""The command line: ``margeq demo``, ``run``, ``resume`` and ``sweep``.
+"""The command line: ``margeq demo``, ``run``, ``resume``, ``sweep``, ``report`` and ``compare``.
 
 Exit codes: 0 done, 2 configuration, 3 data, 4 model, 5 numerics, 6 checkpoint, 1 any other failure,
 130 interrupted, 141 nobody reads the output any more, 143 terminated.
@@ -32,7 +32,7 @@ from margeq.errors import (
     MargeqError,
     UnsupportedLayerError,
 )
-from margeq.flags import ResumeFlags, RunFlags, SweepFlags
+from margeq.flags import CompareFlags, ReportFlags, ResumeFlags, RunFlags, SweepFlags
 from margeq.printable import printable
 from margeq.runs.files import read_table
 from margeq.runs.plain import config_from, plain_config
@@ -48,7 +48,7 @@ _EXIT_CODES: tuple[tuple[type[MargeqError], int], ...] = (
 )
 _OTHER, _INTERRUPTED, _NO_READER = 1, 130, 141
 
-Flags = DemoConfig | RunFlags | ResumeFlags | SweepFlags
+Flags = DemoConfig | RunFlags | ResumeFlags | SweepFlags | ReportFlags | CompareFlags
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -93,7 +93,15 @@ def _call(flags: Flags) -> int:
         from margeq.terminal.sweep import show_sweep
 
         return show_sweep(flags)
-    if isinstance(flags, DemoConfig):
+    if isinstance(flags, CompareFlags):
+        from margeq.terminal.compare import show_comparison
+
+        show_comparison(flags)
+    elif isinstance(flags, ReportFlags):
+        from margeq.terminal.report import show_report
+
+        show_report(flags)
+    elif isinstance(flags, DemoConfig):
         from margeq.terminal.demo import show_demo
 
         show_demo(flags)
@@ -121,7 +129,14 @@ _DESCRIPTION = (
 )
 
 
-_COMMANDS = {"demo": DemoConfig, "run": RunFlags, "resume": ResumeFlags, "sweep": SweepFlags}
+_COMMANDS = {
+    "demo": DemoConfig,
+    "run": RunFlags,
+    "resume": ResumeFlags,
+    "sweep": SweepFlags,
+    "report": ReportFlags,
+    "compare": CompareFlags,
+}
 
 
 def _parse(arguments: list[str]) -> Flags:

@@ -17,9 +17,9 @@ from margeq.callbacks import Callback, Event, JsonlCallback
 from margeq.checkpoint import CheckpointStore, run_lock
 from margeq.config import DemoConfig
 from margeq.optimize import MargLikResult, optimize_marglik
-from margeq.report.figures import save_figures
+from margeq.report.page import write_report
 from margeq.runs.environment import threads, versions
-from margeq.runs.files import mend_lines, write_json, writing
+from margeq.runs.files import mend_lines, read_table, write_json, writing
 from margeq.runs.held_out import accuracy
 from margeq.runs.layout import CHECKPOINTS, CONFIG, EVENTS, RESULT
 from margeq.runs.questions import question_task
@@ -42,7 +42,6 @@ class Answer:
         conv_only: accuracy and evidence per datum of the CONV-only network, for the corner
             question.
         seconds: wall time.
-        figures: files written.
     """
 
     question: str
@@ -50,7 +49,6 @@ class Answer:
     accuracy: float
     conv_only: tuple[float, float] | None
     seconds: float
-    figures: list[Path]
 
 
 class Listener:
@@ -67,7 +65,7 @@ class Listener:
 def run_demo(
     config: DemoConfig, directory: Path, listener: Listener, resume: bool = False
 ) -> dict[str, Any]:
-    """Answer both questions and write ``result.json``, ``events.jsonl`` and figures.
+    """Answer both questions and write ``result.json``, ``events.jsonl`` and the report.
 
     The configuration is written to ``config.json`` first, and the state of the training to
     ``checkpoints``: with both an interrupted demonstration can be gone on with.
@@ -120,6 +118,8 @@ def _answer_all(
         summary["questions"][question] = _plain(answer)
         listener.answered(answer)
     write_json(directory / RESULT, summary)
+    stored = read_table(directory / RESULT)
+    write_report(stored, directory, read_table(directory / CONFIG))
     return summary
 
 
@@ -149,10 +149,8 @@ def _answer(question: Question, config: DemoConfig, directory: Path, listener: L
         face, where = listener.callbacks("corner, CONV only"), _checkpoints(directory, _CONV_ONLY)
         alone = _train(plain, config, "symmetric", face, where)
         conv_only = (accuracy(plain), alone.log_marginal_likelihood / alone.n_data)
-    with writing(directory):
-        figures = save_figures(result, directory, f"{question}-")
     seconds = time.perf_counter() - began
-    return Answer(question, result, accuracy(task), conv_only, seconds, figures)
+    return Answer(question, result, accuracy(task), conv_only, seconds)
 
 
 def _train(
@@ -198,7 +196,6 @@ def _plain(answer: Answer) -> dict[str, Any]:
             answer.result.log_marginal_likelihood / answer.result.n_data
         ),
         "seconds": answer.seconds,
-        "figures": [path.name for path in answer.figures],
         "conv_only": conv_only
         and {
             "held_out_accuracy": conv_only[0],

@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 from margeq.config import RunConfig
 
-__all__ = ["ResumeFlags", "RunFlags", "SweepFlags"]
+__all__ = ["CompareFlags", "ReportFlags", "ResumeFlags", "RunFlags", "SweepFlags"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class RunFlags(RunConfig):
     """Run directory; runs/TASK-ID by default."""
     resume: bool = True
     """Go on from what is there; --no-resume removes it."""
+    report: bool = True
+    """Write report.html and figures at the end; 'margeq report' does so later."""
     quiet: bool = False
     """Only errors."""
     json: bool = False
@@ -71,5 +73,35 @@ class SweepFlags:
     """Print sweep.json on standard output and nothing else."""
     quiet: bool = False
     """Only errors."""
+    debug: bool = False
+    """Show tracebacks."""
+
+
+@dataclass(frozen=True)
+class ReportFlags:
+    """Write report.html and its figures from the directory of a finished run or demonstration."""
+
+    run: Positional[str]
+    """Run directory."""
+    out: str = ""
+    """Where to write; the run directory by default."""
+    quiet: bool = False
+    """Only errors."""
+    json: bool = False
+    """Print the path of the report as JSON on standard output and nothing else."""
+    debug: bool = False
+    """Show tracebacks."""
+
+
+@dataclass(frozen=True)
+class CompareFlags:
+    """Rank finished runs on the same data by evidence."""
+
+    runs: Positional[tuple[str, ...]] = ()
+    """Two run directories or more."""
+    quiet: bool = False
+    """Only errors."""
+    json: bool = False
+    """Print the comparison as JSON on standard output and nothing else."""
     debug: bool = False
     """Show tracebacks."""

@@ -129,5 +129,10 @@ def test_no_requirement_is_the_unrelated_package_asdl():
 
 
 def test_package_data_is_complete():
-    for name in ("py.typed", "data/digits.npz", "data/LICENSE-digits.txt"):
+    for name in (
+        "py.typed",
+        "data/digits.npz",
+        "data/LICENSE-digits.txt",
+        "report/templates/report.html",
+    ):
         assert (PACKAGE / name).exists()

@@ -19,7 +19,6 @@ from margeq.effective_dim import EffectiveDimension, PathRow
 from margeq.groups import P4, P4M, C
 from margeq.layers import GroupGate, LearnedSubset, PartialGroupConv2d, PartialLiftingConv2d
 from margeq.models import group_digit_network
-from margeq.report.figures import save_figures
 from margeq.report.palette import REFLECTIONS, ROTATIONS
 from margeq.report.polar import subset_figure
 from margeq.report.table import symmetry_table
@@ -103,15 +102,9 @@ def test_the_terminal_prints_a_line_per_gate(result):
     out = io.StringIO()
     console = Console(file=out, width=120)
     with ExitStack() as stack:
-        _Face(console, stack).answered(Answer("corner", result, 0.5, None, 1.0, []))
+        _Face(console, stack).answered(Answer("corner", result, 0.5, None, 1.0))
     lines = [line for line in out.getvalue().splitlines() if line.startswith("gates ")]
     assert lines == [f"gates        layer1 partial: {result.learned_subsets[NAME]}"]
-
-
-def test_the_figure_is_written_with_the_others(result, tmp_path):
-    written = [path.name for path in save_figures(result, tmp_path, "x-")]
-    assert written[-1] == "x-subsets.png"
-    assert (tmp_path / "x-subsets.png").stat().st_size > 1000
 
 
 # --- the figure

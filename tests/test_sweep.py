@@ -237,7 +237,9 @@ def test_a_sweep_of_a_real_run(tmp_path, capsys):
     assert result["id"] == run.id
     assert result["config"] == plain_config(run.config)
     assert json.loads((run.directory / "config.json").read_text())["factory"]["sha256"]
+    assert not (run.directory / "report.html").exists()  # seconds, for each of many runs
     assert main(["resume", str(run.directory), "--quiet"]) == 0
+    assert (run.directory / "report.html").exists()
 
 
 @pytest.mark.slow

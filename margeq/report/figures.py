@@ -1,193 +1,278 @@
-"""Figures of a result: evidence, precisions, effective parameters, filters, subsets."""
+"""Figures of a result, from its plain data: evidence, parameters, precisions, filters, subsets."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from margeq.effective_dim import PathRow
-from margeq.paths import path_prefixes
+from margeq.pictures import MOST_PICTURES
+from margeq.printable import printable
 from margeq.report.palette import path_colours
 from margeq.report.polar import subset_figure
-from margeq.training.result import MargLikResult
+from margeq.report.svg import INK
+from margeq.report.words import kept_start
+from margeq.subsets import LearnedSubset, gate_label
 
-__all__ = ["save_figures"]
+__all__ = ["FADE_SHARE", "PARTS", "Plate", "plates"]
 
-_GREY = "#777777"
-_FADE_SHARE = 0.1
+PARTS = ("effective", "evidence", "precisions", "subsets", "filters")
+
+FADE_SHARE = 0.1
+_GREY = "#8a8a8a"
+_WIDTH = 4.6  # inches: as wide as a phone
+_LINE, _SIDE, _GAP = 0.27, 0.5, 0.06  # of pictures of weights
+_MOST_LAYERS = 24
+_LONGEST_NAME = 22
+
+_Image = list[list[int]]
 
 
-def save_figures(result: MargLikResult, directory: Path, prefix: str = "") -> list[Path]:
-    """Write evidence, precisions, effective parameters, filters and subsets as PNG files.
+@dataclass(frozen=True)
+class Plate:
+    """A figure and what is said about it.
+
+    Attributes:
+        part: of the report, one of ``PARTS``.
+        name: of its files.
+        figure: itself.
+        alt: for those who do not see it.
+    """
+
+    part: str
+    name: str
+    figure: Figure
+    alt: str
+
+
+def plates(plain: Mapping[str, Any]) -> Iterator[Plate]:
+    """All figures of a result; to be called, and iterated, in :func:`margeq.report.svg.drawing`.
 
     Args:
-        result: a finished run.
-        directory: existing folder.
-        prefix: of the file names.
+        plain: as of :meth:`margeq.MargLikResult.to_dict`.
 
-    Returns:
-        The files, in reading order.
+    Yields:
+        Them, in reading order.
     """
-    figures = {
-        "evidence": evidence_figure(result),
-        "precisions": precision_figure(result),
-        "effective": effective_figure(result),
-        "filters": filter_figure(result.model),
-        "subsets": subset_figure(result.learned_subsets),
-    }
-    written = []
-    for name, figure in figures.items():
-        if figure is not None:
-            path = directory / f"{prefix}{name}.png"
-            figure.savefig(path, dpi=160, bbox_inches="tight")
-            written.append(path)
-    return written
+    rows = [row for row in plain["effective_dimension"]["paths"] if row["path"]]
+    colours = path_colours(row["path"] for row in rows)
+    images = [_images(picture) for picture in plain["pictures"]]
+    if rows:
+        yield _bars(rows, colours, "effective", "effective parameters γ", "effective parameters")
+        yield _bars(rows, colours, "share", "share of the function's variance", "shares")
+    yield _starts(plain)
+    yield _terms(plain)
+    layers = list(dict.fromkeys(row["layer"] for row in rows))[:_MOST_LAYERS]
+    for number, layer in enumerate(layers, 1):
+        yield _precisions(plain, layer, number, colours)
+    subsets = plain["effective_dimension"]["subsets"]
+    for number, (name, subset) in enumerate(subsets.items(), 1):
+        yield _subset(name, subset, number)
+    seen = list(zip(plain["pictures"], images, strict=True))
+    shown = list(dict.fromkeys(picture["layer"] for picture, _ in seen))[:_MOST_LAYERS]
+    for number, layer in enumerate(shown, 1):
+        yield _filters([pair for pair in seen if pair[0]["layer"] == layer], number)
 
 
-def evidence_figure(result: MargLikResult) -> Figure:
-    """Log marginal likelihood of every restart, and fit and Occam term of the kept one."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for number, restart in enumerate(result.restarts):
-        epochs = [u.epoch for u in restart.history.updates]
-        values = [u.log_marginal_likelihood / result.n_data for u in restart.history.updates]
-        # paths own the colours: restarts differ by their dashes
-        thin = {"lw": 1.2, "color": _GREY, "ls": ("--", ":", "-.", "-")[number % 4]}
-        style = {"lw": 2.2, "color": "black"} if restart.kept else thin
-        label = f"{restart.start}{' (kept)' if restart.kept else ''}"
-        left.plot(epochs, values, label=label, marker=".", **style)
-    _label(left, "every restart", "epoch", "log marginal likelihood\nper datum [nats]")
-    updates = result.history.updates
-    epochs = [u.epoch for u in updates]
-    fit = [u.log_likelihood / result.n_data for u in updates]
-    occam = [u.occam / result.n_data for u in updates]
-    total = [u.log_marginal_likelihood / result.n_data for u in updates]
-    right.plot(epochs, total, color="black", lw=2.2, label="log marginal likelihood")
-    right.plot(epochs, fit, color="#009E73", label="fit: log-likelihood")
-    right.plot(epochs, occam, color="#CC79A7", label="Occam term: price of the weights")
-    _label(right, "kept run: fit + Occam term", "epoch", "per datum [nats]")
-    return figure
+# -- evidence ------------------------------------------------------------------------------------
 
 
-def precision_figure(result: MargLikResult) -> Figure | None:
-    """Prior precisions of the path weights while they are on; dotted where a path fades away."""
-    layers = path_prefixes(result.model)
-    if not layers:
-        return None
-    figure = Figure(figsize=(3.1 * len(layers), 3.2), layout="constrained")
-    axes = figure.subplots(1, len(layers), sharey=True, squeeze=False)[0]
-    colours = path_colours(path for named in layers.values() for path in named)
-    updates = result.history.updates
-    epochs = [u.epoch for u in updates]
-    for axis, (layer, named) in zip(axes, layers.items(), strict=True):
-        for path, prefix in named.items():
-            tensors = [t for t in _weights(result, prefix) if t in result.prior.groups]
-            for number, tensor in enumerate(tensors):
-                group = result.prior.groups[tensor]
-                values = [
-                    u.prior_precision[group] if u.function_share[layer][path] > 0 else math.nan
-                    for u in updates
-                ]
-                dash = ("-", "--", ":")[number % 3]
-                label = f"{path} {tensor.removeprefix(prefix).strip('.')}"
-                axis.semilogy(epochs, values, color=colours[path], ls=dash, label=label)
-            fade = _fading_epoch(result, layer, path)
-            if fade is not None:
-                label = f"{path} below {_FADE_SHARE:.0%} of the function"
-                axis.axvline(fade, color=colours[path], ls=":", lw=1, label=label)
-        _label(axis, layer, "epoch", "prior precision [1/weight²]" if axis is axes[0] else "")
-    return figure
+def _starts(plain: Mapping[str, Any]) -> Plate:
+    figure, axis = _panel(2.9)
+    said = []
+    for number, restart in enumerate(plain["restarts"]):
+        updates = restart["history"]["updates"]
+        values = [u["log_marginal_likelihood"] / plain["n_data"] for u in updates]
+        # paths own the colours: starts differ by their dashes
+        thin: dict[str, Any] = {"lw": 1.2, "color": _GREY, "ls": ("--", ":", "-.", "-")[number % 4]}
+        style: dict[str, Any] = {"lw": 2.2, "color": INK} if restart["kept"] else thin
+        kept = " (kept)" * restart["kept"]
+        label = f"{_short(restart['start'])}{kept}"
+        axis.plot([u["epoch"] for u in updates], values, label=label, marker=".", ms=4, **style)
+        if values:
+            said.append(f"{restart['start']}{kept} ends at {values[-1]:.3f}")
+    _finish(figure, axis, "every start", "epoch", "log marginal likelihood\nper datum [nats]")
+    alt = f"Log marginal likelihood per datum over the epochs: {'; '.join(said)}."
+    return Plate("evidence", "evidence", figure, printable(alt))
 
 
-def effective_figure(result: MargLikResult) -> Figure | None:
-    """Effective parameters and share of function variance per layer and path."""
-    rows = [row for row in result.effective_dimension().paths if row.path]
-    if not rows:
-        return None
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    _stacked(left, rows, {(r.layer, r.path): r.effective for r in rows})
-    _label(left, "effective parameters", "", "γ")
-    _stacked(right, rows, {(r.layer, r.path): r.function_share for r in rows})
-    _label(right, "share of function variance", "", "share")
-    right.set_ylim(0, 1.25)
-    return figure
+def _terms(plain: Mapping[str, Any]) -> Plate:
+    figure, axis = _panel(2.9)
+    updates = kept_start(plain)["history"]["updates"]
+    epochs = [u["epoch"] for u in updates]
+    for key, label, style in (
+        ("log_likelihood", "fit: log-likelihood", ("--", 1.5)),
+        ("occam", "Occam term: price of the weights", (":", 1.5)),
+        ("log_marginal_likelihood", "sum: log marginal likelihood", ("-", 2.2)),
+    ):
+        values = [u[key] / plain["n_data"] for u in updates]
+        dash, width = style
+        axis.plot(epochs, values, color=INK, label=label, marker=".", ms=4, ls=dash, lw=width)
+    _finish(figure, axis, "kept start: fit and Occam term", "epoch", "per datum [nats]", columns=1)
+    fit, occam = (updates[-1][key] / plain["n_data"] for key in ("log_likelihood", "occam"))
+    alt = f"Fit and Occam term per datum over the epochs; at the end {fit:.3f} and {occam:.3f}."
+    return Plate("evidence", "evidence-terms", figure, alt)
 
 
-def filter_figure(model: nn.Module) -> Figure | None:
-    """What the first path sum looks at: kernels, and rows of induced maps as pictures."""
-    layers = path_prefixes(model)
-    if not layers:
-        return None
-    named = next(iter(layers.values()))
-    pictures = {path: _pictures(model.get_submodule(prefix)) for path, prefix in named.items()}
-    shown = {path: picture for path, picture in pictures.items() if picture is not None}
-    if not shown:
-        return None
-    figure = Figure(figsize=(9, 1.35 * len(shown) + 0.4), layout="constrained")
-    grid = figure.subplots(len(shown), 8, squeeze=False)
-    for row, (path, picture) in zip(grid, shown.items(), strict=True):
-        limit = float(picture.abs().max())
-        for axis in row:
-            axis.set_axis_off()
-        for axis, image in zip(row, picture, strict=False):
-            axis.imshow(image.numpy(), cmap="RdBu_r", vmin=-limit or -1.0, vmax=limit or 1.0)
-        note = f"largest |weight| {limit:.2g}" if limit else "off"
-        row[0].set_title(f"{path}  ({note})", loc="left", fontsize=9)
-    return figure
+# -- effective parameters ------------------------------------------------------------------------
 
 
-def _pictures(path: nn.Module) -> Tensor | None:
-    """Up to eight pictures ``[m, h, w]`` of a path's weights, channel 0 of the input."""
-    for module in path.modules():
-        if isinstance(module, nn.Conv2d):
-            return module.weight.detach()[:8, 0].cpu()
-        induced = getattr(module, "induced_weight", None)
-        shape = getattr(module, "in_shape", ())
-        if induced is not None and len(shape) == 2:
-            rows = induced().detach()
-            # evenly spaced output elements, so that several channels and places are shown
-            chosen = torch.linspace(0, len(rows) - 1, 8).round().long()
-            return rows[chosen, : shape.numel()].reshape(-1, *shape).cpu()
-    return None
+def _bars(
+    rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str], name: str, axis_label: str,
+    title: str,
+) -> Plate:  # fmt: skip
+    key = {"effective": "effective", "share": "function_share"}[name]
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    figure, axis = _panel(1.3 + 0.34 * len(layers))
+    left = dict.fromkeys(layers, 0.0)
+    labelled = set()
+    for row in rows:
+        path, at = row["path"], layers.index(row["layer"])
+        # a label that begins with an underscore would be left out
+        label = "" if path in labelled else f" {_short(path.upper())}"
+        labelled.add(path)
+        axis.barh(at, row[key], 0.62, left[row["layer"]], color=colours[path], label=label or None)
+        left[row["layer"]] += row[key]
+    axis.set_yticks(range(len(layers)), [_short(layer) for layer in layers])
+    axis.invert_yaxis()
+    axis.margins(x=0.03)
+    if name == "share":
+        axis.set_xlim(0.0, 1.0)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    _finish(figure, axis, title, axis_label, "")
+    form = "{:.1f}" if name == "effective" else "{:.0%}"
+    said = "; ".join(f"{r['layer']} {r['path'].upper()} {form.format(r[key])}" for r in rows)
+    return Plate("effective", name, figure, printable(f"Stacked bars, {axis_label}: {said}."))
 
 
-def _stacked(axis: Axes, rows: list[PathRow], values: Mapping[tuple[str, str], float]) -> None:
-    layers = list(dict.fromkeys(row.layer for row in rows))
-    paths = list(dict.fromkeys(row.path for row in rows))
-    colours = path_colours(paths)
-    bottom = [0.0] * len(layers)
-    for path in paths:
-        heights = [values.get((layer, path), 0.0) for layer in layers]
-        axis.bar(layers, heights, bottom=bottom, label=path, color=colours[path], width=0.6)
-        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+# -- precisions ----------------------------------------------------------------------------------
 
 
-def _weights(result: MargLikResult, prefix: str) -> list[str]:
-    names = [name for name in result.spectrum.square_norms if name.startswith(f"{prefix}.")]
-    return [name for name in names if not name.rpartition(".")[2].startswith("bias")]
+def _precisions(
+    plain: Mapping[str, Any], layer: str, number: int, colours: Mapping[str, str]
+) -> Plate:
+    figure, axis = _panel(3.0)
+    history = kept_start(plain)["history"]
+    updates, said = history["updates"], []
+    epochs = [u["epoch"] for u in updates]
+    for path in updates[0]["function_share"].get(layer, {}):
+        prefix = f"{layer}.paths.{path}." if layer else f"paths.{path}."
+        on = [u["function_share"][layer][path] > 0 for u in updates]
+        weights = [
+            name for name in plain["prior_groups"]
+            if name.startswith(prefix) and not name.rpartition(".")[2].startswith("bias")
+        ]  # fmt: skip
+        for dash, name in zip(("-", "--", ":", "-.") * len(weights), weights, strict=False):
+            group = plain["prior_groups"][name]
+            values = [
+                u["prior_precision"][group] if is_on else math.nan
+                for u, is_on in zip(updates, on, strict=True)
+            ]
+            label = f" {_short(f'{path.upper()} {name.removeprefix(prefix)}')}"
+            axis.semilogy(
+                epochs, values, color=colours[path], ls=dash, label=label, marker=".", ms=4
+            )
+        faded = _fading_epoch(updates, layer, path)
+        if faded is not None:
+            label = f" {_short(path.upper())} below {FADE_SHARE:.0%}"
+            axis.axvline(faded, color=colours[path], ls=(0, (1, 3)), lw=1.4, label=label)
+            said.append(f"{path.upper()} falls below {FADE_SHARE:.0%} at epoch {faded}")
+        label = f" {_short(path.upper())} switched off"
+        for switch in history["switches"]:
+            if (switch["layer"], switch["path"], switch["to"]) == (layer, path, "off"):
+                axis.axvline(switch["epoch"], color=colours[path], lw=1.4, label=label)
+                said.append(f"{path.upper()} is switched off at epoch {switch['epoch']}")
+                label = None  # said once, also of a path that was tried again
+    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        ticks(LogFormatter(minor_thresholds=(1.0, 0.5)))
+    _finish(figure, axis, _short(layer) or "model", "epoch", "prior precision\n[1/weight²]")
+    alt = f"Prior precisions of the weights of {layer} over the epochs. {'; '.join(said)}"
+    return Plate("precisions", f"precisions-{number}", figure, printable(alt).strip())
 
 
-def _fading_epoch(result: MargLikResult, layer: str, path: str) -> int | None:
+def _fading_epoch(updates: Sequence[Mapping[str, Any]], layer: str, path: str) -> int | None:
     """First update after which the path stays below a tenth of the function variance."""
     epoch = None
-    for update in reversed(result.history.updates):
-        if update.function_share[layer][path] >= _FADE_SHARE:
+    for update in reversed(updates):
+        if update["function_share"][layer][path] >= FADE_SHARE:
             return epoch
-        epoch = update.epoch
+        epoch = update["epoch"]
     return epoch
 
 
-def _label(axis: Axes, title: str, x: str, y: str) -> None:
-    axis.set_title(title, fontsize=10)
+# -- subsets and filters -------------------------------------------------------------------------
+
+
+def _subset(name: str, plain: Mapping[str, Any], number: int) -> Plate:
+    subset = LearnedSubset(plain["degrees"], plain["mirror"], plain["n_rotations"], None)
+    figure = subset_figure({printable(name): subset})
+    assert figure is not None
+    alt = printable(f"{gate_label(name)}: {subset}.")
+    return Plate("subsets", f"subset-{number}", figure, alt)
+
+
+def _filters(pictures: Sequence[tuple[Mapping[str, Any], Sequence[_Image]]], number: int) -> Plate:
+    """A row of pictures per path, under what they are."""
+    height = (_LINE + _SIDE + _GAP) * len(pictures)
+    figure, said = Figure(figsize=(_WIDTH, height)), []
+    for row, (picture, images) in enumerate(pictures):
+        top = height - row * (_LINE + _SIDE + _GAP) - _LINE
+        name = _short(" ".join(filter(None, (picture["layer"], picture["path"].upper()))))
+        note = f"largest |weight| {picture['largest']:.2g}" if picture["largest"] else "all zero"
+        said.append(f"{name}: {picture['kind']}, {note}")
+        figure.text(_GAP / _WIDTH, (top + 0.05) / height, said[-1])
+        for place, image in enumerate(images):
+            left = _GAP + place * (_SIDE + _GAP)
+            box = (left / _WIDTH, (top - _SIDE) / height, _SIDE / _WIDTH, _SIDE / height)
+            axis = figure.add_axes(box)
+            axis.set_axis_off()
+            axis.imshow(image, cmap="RdBu_r", vmin=1, vmax=255, interpolation="none")
+    alt = f"Pictures of weights. {'; '.join(said)}."
+    return Plate("filters", f"filters-{number}", figure, printable(alt))
+
+
+def _images(picture: Mapping[str, Any]) -> list[_Image]:
+    """Levels from 1 to 255, row by row."""
+    (height, width), found = picture["size"], []
+    for values in picture["values"][:MOST_PICTURES]:
+        levels = list(bytes.fromhex(values))
+        if len(levels) != height * width:
+            raise ValueError(f"a picture of {height} x {width} pixels with {len(levels)} values")
+        found.append([levels[i * width : (i + 1) * width] for i in range(height)])
+    return found
+
+
+# -- style ---------------------------------------------------------------------------------------
+
+
+def _panel(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _finish(figure: Figure, axis: Axes, title: str, x: str, y: str, columns: int = 2) -> None:
+    axis.set_title(title, fontsize=10, loc="left")
     axis.set_xlabel(x)
     axis.set_ylabel(y)
+    if x == "epoch":
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25, color=_GREY)
-    axis.legend(fontsize=7, frameon=False)
+    axis.set_axisbelow(True)
+    if axis.get_legend_handles_labels()[0]:
+        place: dict[str, Any] = {"loc": "outside lower left", "ncols": columns}
+        figure.legend(fontsize=8, frameon=False, handlelength=2.6, **place)
+
+
+def _short(name: str) -> str:
+    """A name that fits, the same at both ends."""
+    shown = printable(name)
+    if len(shown) <= _LONGEST_NAME:
+        return shown
+    half = (_LONGEST_NAME - 1) // 2
+    return f"{shown[:half]}…{shown[-half:]}"

@@ -47,7 +47,8 @@ class Ended:
 
 def command_of(run: PlannedRun, factory: Path | None) -> list[str]:
     """The command line of one run."""
-    options = ["--config", str(run.directory / REQUEST), "--out", str(run.directory), "--quiet"]
+    options = ["--config", str(run.directory / REQUEST), "--out", str(run.directory)]
+    options += ["--quiet", "--no-report"]
     if factory is not None:
         options += ["--factory", str(factory)]
     return [sys.executable, "-m", "margeq.cli", "run", *options]

@@ -14,7 +14,7 @@ from uuid import uuid4
 from margeq.callbacks import to_json
 from margeq.errors import ConfigError
 
-__all__ = ["mend_lines", "read_if_there", "read_table", "write_json", "writing"]
+__all__ = ["mend_lines", "read_if_there", "read_table", "write_json", "write_text", "writing"]
 
 _LARGEST = 1 << 28  # 256 MiB of text are no configuration and no result
 
@@ -34,6 +34,11 @@ def writing(directory: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, data: Any) -> None:
+    """Write plain data as :func:`write_text` writes text."""
+    write_text(path, to_json(data, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Write a file that is either there as a whole or not at all, also after a crash.
 
     Raises:
@@ -42,7 +47,7 @@ def write_json(path: Path, data: Any) -> None:
     temporary = path.with_name(f".{path.name}-{uuid4().hex}.tmp")
     try:
         with temporary.open("x", encoding="utf-8") as file:
-            file.write(to_json(data, indent=1) + "\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

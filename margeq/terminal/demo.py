@@ -56,8 +56,8 @@ def show_demo(config: DemoConfig, resume: bool = False) -> None:
         sys.stdout.write(to_json(summary, indent=1) + "\n")
     else:
         total = sum(entry["seconds"] for entry in summary["questions"].values())
-        written = f"{as_text(directory)}/result.json, events.jsonl, *.png"
-        console.print(f"written {written}   ({total:.0f} s)")
+        written = f"{as_text(directory)}/report.html, result.json, events.jsonl, *.png, *.svg"
+        console.print(f"written {written}   ({total:.0f} s)", soft_wrap=True)
 
 
 def _check(config: DemoConfig) -> None:

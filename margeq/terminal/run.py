@@ -16,8 +16,10 @@ from margeq.callbacks import Event, to_json
 from margeq.config import DemoConfig, RunConfig
 from margeq.errors import ConfigError, ConvergenceWarning
 from margeq.flags import ResumeFlags, RunFlags
+from margeq.report.page import PAGE, write_report
 from margeq.report.text import as_text
 from margeq.runs.execute import execute, with_task
+from margeq.runs.files import read_if_there
 from margeq.runs.identity import run_id
 from margeq.runs.layout import CONFIG, RESULT, read_command
 from margeq.runs.plain import config_from
@@ -90,15 +92,17 @@ def _show(
         summary = execute(
             config, directory, factory=factory, resume=resume, callbacks=[progress, trained.append]
         )
+        wanted = not isinstance(flags, RunFlags) or flags.report
+        if wanted and (trained or not (directory / PAGE).exists()):
+            write_report(summary, directory, read_if_there(directory / CONFIG))
     if flags.json:
         sys.stdout.write(to_json(summary, indent=1) + "\n")
         return
     title = f"Which symmetry did each layer choose?  (task: {config.task})"
     show_answer(console, summary, title, _checks(summary))
     done = f"{summary['seconds']:.0f} s" if trained else "was finished already"
-    console.print(
-        f"written {as_text(directory)}/result.json, events.jsonl   ({done})", soft_wrap=True
-    )
+    files = f"{f'{PAGE}, ' * wanted}result.json, events.jsonl"
+    console.print(f"written {as_text(directory)}/{files}   ({done})", soft_wrap=True)
 
 
 def _task_words(config: RunConfig) -> str:

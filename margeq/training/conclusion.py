@@ -64,6 +64,7 @@ def conclude(problem: Problem, outcomes: Sequence[Outcome]) -> MargLikResult:
         spectrum=kept.spectrum,
         variances=function_variances(problem.model, batches, comm=problem.comm),
         hyperparameters=kept.hyperparameters,
+        seed=problem.seed,
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from margeq.errors import ConfigError
 from margeq.function_share import Variances
 from margeq.laplace import Spectrum
 from margeq.likelihoods import Likelihood
+from margeq.pictures import path_pictures
 from margeq.priors import GaussianPrior
 from margeq.subsets import LearnedSubset, learned_subsets
 from margeq.training.history import History
@@ -82,7 +85,10 @@ class MargLikResult:
         success: whether the kept run ended with a settled evidence.
         message: the same in words.
         n_iter: epochs of the kept run.
+        spectrum: of the curvature at the kept weights.
+        variances: of the outputs of the candidate paths, over the data.
         hyperparameters: learned values of the hyperparameters inside the network, by name.
+        seed: of starts and data order.
     """
 
     model: nn.Module
@@ -99,6 +105,7 @@ class MargLikResult:
     spectrum: Spectrum
     variances: Variances
     hyperparameters: Mapping[str, Tensor]
+    seed: int
 
     @property
     def history(self) -> History:
@@ -143,13 +150,33 @@ class MargLikResult:
             )
         return self.log_marginal_likelihood - other.log_marginal_likelihood
 
+    def report(self, directory: str | Path) -> Path:
+        """Write ``report.html``, one file that needs no network, and its figures as PNG and SVG.
+
+        ``report.json`` beside it holds :meth:`to_dict`, for :func:`margeq.compare`.
+
+        Args:
+            directory: made if there is none.
+
+        Returns:
+            The HTML file.
+
+        Raises:
+            ConfigError: if it cannot be written.
+        """
+        # by name, and when it is asked for: figures and pages are built on results, not below them
+        return import_module("margeq.report.page").report_result(self.to_dict(), Path(directory))
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: everything but the tensors of the model."""
+        """Plain data for JSON: everything but the tensors of the model, of which a few pictures."""
         table = self.effective_dimension()
         noise = {name: float(value.exp()) for name, value in _noise(self.likelihood).items()}
         return {
             "log_marginal_likelihood": self.log_marginal_likelihood,
             "n_data": self.n_data,
+            # as text: JSON readers elsewhere round integers beyond 2 ** 53
+            "checksum": str(self.spectrum.checksum),
+            "seed": self.seed,
             "flavour": {**vars(self.flavour), "is_bound": self.flavour.is_bound},
             "success": self.success,
             "message": self.message,
@@ -157,12 +184,14 @@ class MargLikResult:
             "selected": dict(table.selected),
             "effective_dimension": table.to_dict(),
             "prior_precision": {g: float(d) for g, d in self.prior.prior_precision.items()},
+            "prior_groups": dict(self.prior.groups),
             "hyperparameters": {n: t.flatten().tolist() for n, t in self.hyperparameters.items()},
             "likelihood": {"name": type(self.likelihood).__name__, **noise},
             "diagnostics": {
                 key: None if value != value else value
                 for key, value in vars(self.diagnostics).items()
             },
+            "pictures": path_pictures(self.model),
             "restarts": [
                 {
                     "start": r.start,
