@@ -64,6 +64,9 @@ def conclude(problem: Problem, outcomes: Sequence[Outcome]) -> MargLikResult:
         spectrum=kept.spectrum,
         variances=function_variances(problem.model, batches, comm=problem.comm),
         hyperparameters=kept.hyperparameters,
+        options=problem.draws(kept.epoch),
+        parameters=problem.parameters,
+        batch_fn=problem.batch_fn,
     )
 
 

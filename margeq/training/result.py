@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from margeq.curvature.options import EvidenceFlavour
+from margeq.curvature.options import EvidenceFlavour, KfacOptions
 from margeq.effective_dim import EffectiveDimension, effective_dimension
 from margeq.errors import ConfigError
 from margeq.function_share import Variances
+from margeq.integrations.laplace_torch import to_laplace
 from margeq.laplace import Spectrum
 from margeq.likelihoods import Likelihood
 from margeq.priors import GaussianPrior
@@ -83,6 +84,9 @@ class MargLikResult:
         message: the same in words.
         n_iter: epochs of the kept run.
         hyperparameters: learned values of the hyperparameters inside the network, by name.
+        options: of the kept curvature pass, its random draws included.
+        parameters: which weights have a prior.
+        batch_fn: turns a batch of the loaders into ``(inputs, targets)``.
     """
 
     model: nn.Module
@@ -99,6 +103,9 @@ class MargLikResult:
     spectrum: Spectrum
     variances: Variances
     hyperparameters: Mapping[str, Tensor]
+    options: KfacOptions
+    parameters: str | Sequence[str] = "all"
+    batch_fn: Callable[[Any], tuple[Any, Any]] | None = None
 
     @property
     def history(self) -> History:
@@ -142,6 +149,28 @@ class MargLikResult:
                 "the two values are about other inputs or targets; compare on the same data"
             )
         return self.log_marginal_likelihood - other.log_marginal_likelihood
+
+    def to_laplace(self, train_loader: Iterable[Any]) -> Any:
+        """A fitted laplace-torch posterior, for predictive distributions, samples and saving.
+
+        Takes one pass over the data. GLM predictives of the posterior form no Jacobians.
+
+        Args:
+            train_loader: the data of the evidence: ``marglik_loader`` if there was one.
+
+        Returns:
+            A ``laplace.KronLaplace`` with margeq's curvature, precisions and noise, whose
+            ``log_marginal_likelihood()`` is :attr:`log_marginal_likelihood`.
+
+        Raises:
+            ConfigError: for ``curvature="full"``, a likelihood that laplace-torch does not have, or
+                a model that has changed since.
+            DataError: for data that cannot be used.
+        """
+        return to_laplace(
+            self.model, train_loader, self.prior, self.likelihood, self.options,
+            parameters=self.parameters, batch_fn=self.batch_fn, expected=self.spectrum,
+        )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: everything but the tensors of the model."""
