@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from margeq.curvature.eigen import BlockEigen
-from margeq.curvature.forms import Curvature
-from margeq.curvature.forms import BlockCurvature
+from margeq.curvature.forms import BlockCurvature, Curvature
 from margeq.curvature.io import Layout
 from margeq.curvature.kron import BlockKron
 from margeq.errors import ConfigError
@@ -29,7 +28,8 @@ class SpectralBlock:
 
     Attributes:
         values: ``d [b, o, i]``.
-        basis: ``U_B [b, o, o]`` (or ``[1, o, o]``) and ``U_A [b, i, i]``; ``None`` for the identity.
+        basis: ``U_B [b, o, o]`` or ``[1, o, o]``, and ``U_A [b, i, i]``; ``None`` for the
+            identity.
         layout: order in which the parameter stores the axes o, b, i.
     """
 

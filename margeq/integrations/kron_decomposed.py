@@ -19,11 +19,10 @@ from margeq.posterior import Posterior
 
 __all__ = ["BlockKronDecomposed"]
 
-import_laplace()
-from laplace.utils.matrix import KronDecomposed  # noqa: E402  only importable after the line above
+_KronDecomposed: Any = import_laplace().utils.matrix.KronDecomposed
 
 
-class BlockKronDecomposed(KronDecomposed):
+class BlockKronDecomposed(_KronDecomposed):
     """``H_t + delta_t`` per weight tensor ``t``, each ``H_t`` with blocks of its own.
 
     laplace-torch's class has one Kronecker product per tensor, in one layout; here a tensor has
@@ -44,12 +43,12 @@ class BlockKronDecomposed(KronDecomposed):
             self.deltas = self.deltas + deltas
 
     @property
-    def eigenvalues(self) -> list[list[Tensor]]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def eigenvalues(self) -> list[list[Tensor]]:
         """Eigenvalues ``[b, o, i]`` of each tensor's curvature, without ``deltas``."""
         return [[block.values] for block in self.blocks.values()]
 
     @property
-    def eigenvectors(self) -> list[tuple[Tensor, ...]]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def eigenvectors(self) -> list[tuple[Tensor, ...]]:
         """``U_B`` and ``U_A`` of each tensor; none for the identity."""
         return [block.basis or () for block in self.blocks.values()]
 

@@ -22,15 +22,16 @@ from margeq.curvature.options import KfacOptions
 from margeq.curvature.spectral import spectral_blocks
 from margeq.errors import ConfigError
 from margeq.integrations.kron_decomposed import BlockKronDecomposed
+from margeq.integrations.neighbours import import_laplace
 from margeq.likelihoods import as_likelihood
 from margeq.parameters import named_weights, unwrapped
 
-from laplace.baselaplace import KronLaplace  # isort: skip  importable after the module above
-
 __all__ = ["MargeqKronLaplace"]
 
+_KronLaplace: Any = import_laplace().KronLaplace
 
-class MargeqKronLaplace(KronLaplace):
+
+class MargeqKronLaplace(_KronLaplace):
     """Laplace posterior with margeq's curvature: its layers, blocks and exact biases.
 
     laplace-torch constructs it by ``Laplace(model, likelihood, "all", "margeq_kron")``; a key of
@@ -98,7 +99,8 @@ class MargeqKronLaplace(KronLaplace):
         self._parameters, self._batch_fn = parameters, batch_fn
 
     def _init_H(self) -> None:
-        self.H, self.H_facs = None, None
+        self.H: Any = None
+        self.H_facs = None
 
     def _check_H_init(self) -> None:
         if self.H is None:
@@ -192,13 +194,13 @@ class MargeqKronLaplace(KronLaplace):
         """``log det P``."""
         return self.posterior_precision.logdet()
 
-    @KronLaplace.prior_precision.setter
+    @_KronLaplace.prior_precision.setter
     def prior_precision(self, prior_precision: float | Tensor) -> None:
         """One number, or one per weight tensor, kept in float64."""
         super(MargeqKronLaplace, type(self)).prior_precision.fset(self, prior_precision)
         self._prior_precision = self._wide(prior_precision).reshape(-1)
 
-    @KronLaplace.sigma_noise.setter
+    @_KronLaplace.sigma_noise.setter
     def sigma_noise(self, sigma_noise: float | Tensor) -> None:
         """Noise of regression, kept in float64."""
         super(MargeqKronLaplace, type(self)).sigma_noise.fset(self, sigma_noise)
@@ -253,7 +255,7 @@ class MargeqKronLaplace(KronLaplace):
         """Plain values and tensors, which ``torch.load(weights_only=True)`` reads."""
         self._check_H_init()
         return {
-            **super(KronLaplace, self).state_dict(),
+            **super(_KronLaplace, self).state_dict(),
             "H": self.H.state(),
             "log_hyperprior": self.log_hyperprior,
         }

@@ -65,7 +65,7 @@ def to_laplace(
             "curvature='full' has no Kronecker form; give to_laplace a result of 'kfac', 'ekfac' "
             "or 'diag', or fit laplace.Laplace(model, ..., hessian_structure='full')"
         )
-    if type(likelihood) not in (Categorical, Gaussian):
+    if not isinstance(likelihood, (Categorical, Gaussian)):
         raise ConfigError(
             f"laplace-torch has no {type(likelihood).__name__}; it has classification and "
             f"regression with one noise for all outputs"
