@@ -111,16 +111,22 @@ def _reading(model: nn.Module, collector: Collector) -> Iterator[list[_Reading]]
     """ASDL's table of layer types, extended to all layers with weights while this is open."""
     core = importlib.import_module("asdl.core")
     operations = importlib.import_module("asdl.operations")
-    layers = [layer for layer in model.modules() if collector.names(layer)]
-    readings = {layer: _Reading(layer, collector) for layer in layers}
-    before = core.get_op_class, core._supported_module_classes
+    readings = {
+        layer: _Reading(layer, collector) for layer in model.modules() if collector.names(layer)
+    }
+    before = core.get_op_class, core.module_wise_assignments
     own = _operation(operations, readings)
+
+    def assignments(model: nn.Module, *names: str, map_rule: Any, **_: Any) -> Iterator[Any]:
+        # ASDL's own leaves out layers whose parameters are not called weight and bias
+        for layer in readings:
+            yield layer, [map_rule(name) for name in names]
+
     try:
-        core._supported_module_classes = tuple({type(layer) for layer in layers})
-        core.get_op_class = lambda layer: own if layer in readings else None
+        core.get_op_class, core.module_wise_assignments = (lambda _: own), assignments
         yield list(readings.values())
     finally:
-        core.get_op_class, core._supported_module_classes = before
+        core.get_op_class, core.module_wise_assignments = before
 
 
 def _operation(operations: Any, readings: dict[nn.Module, _Reading]) -> type:

@@ -8,7 +8,10 @@ an extension that goes through margeq's rules.
 from __future__ import annotations
 
 import importlib
-from functools import lru_cache
+from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache, partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,8 +24,6 @@ from margeq.integrations.neighbours import import_neighbour
 from margeq.likelihoods import Gaussian, Likelihood
 
 __all__ = ["backpack_factors"]
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def backpack_factors(
@@ -50,17 +51,27 @@ def backpack_factors(
     # the squared error has twice the unit Hessian
     scale = 0.5 if is_regression else 1.0
     extension = importlib.import_module("backpack.extensions").KFLR()
-    reader = _reader_class()
-    for layer in model.modules():
-        own = (*_CONVOLUTIONS, nn.Linear)
-        if not list(layer.children()) and (list(layer.parameters()) or type(layer) in own):
-            reads = reader(type(layer), collector, scale)
-            extension.set_module_extension(type(layer), reads, overwrite=True)
-    backpack.extend(model)
+    _extend(model, backpack, extension, partial(_reader_class(), collector=collector, scale=scale))
     outputs = model(batch.inputs)
     value = loss(outputs, batch.targets.to(outputs.dtype) if is_regression else batch.targets)
     with backpack.backpack(extension):
         value.backward()
+
+
+def _extend(
+    layer: nn.Module, backpack: ModuleType, extension: Any, reader: Callable[[type], Any]
+) -> None:
+    """Hook the layers that compute something; what holds other layers only passes data on."""
+    has_weights = bool(list(layer.parameters(recurse=False)))
+    if not has_weights and list(layer.children()):
+        for child in layer.children():
+            _extend(child, backpack, extension, reader)
+        return
+    # BackPACK has extensions of its own for layers without weights
+    with suppress(*() if has_weights else (ValueError,)):
+        extension.set_module_extension(type(layer), reader(type(layer)), overwrite=has_weights)
+    layer.register_forward_hook(backpack.hook_store_io)
+    layer.register_full_backward_hook(backpack.hook_run_extensions)
 
 
 @lru_cache

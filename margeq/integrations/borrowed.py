@@ -134,6 +134,9 @@ class Collector:
     def finish(self) -> dict[str, BlockKron]:
         """The factors of all weights.
 
+        Returns:
+            Weight name -> its sums over the batch.
+
         Raises:
             MissingRuleError: naming those that the library has left out.
         """

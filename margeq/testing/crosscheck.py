@@ -109,7 +109,8 @@ def crosscheck(
 
     Those of other libraries are shown as they are, with their defects: BackPACK's convolutions
     are too large by the number of positions, ASDL's Monte Carlo too small by that of its samples.
-    One that is not installed, or fails, is listed with the reason.
+    ``margeq by ...`` is the same library as a back-end of margeq. One that is not installed, or
+    fails, is listed with the reason.
 
     Args:
         model: left as it is.
@@ -181,6 +182,8 @@ def _backends(seed: int) -> dict[str, Callable[..., _Measured]]:
         "margeq reduce": partial(_own, kfac_approx="reduce"),
         "margeq ekfac": partial(_own, curvature="ekfac"),
         "margeq mc-10": partial(_own, hessian_root="mc", mc_samples=10, seed=seed),
+        "margeq by BackPACK": partial(_own, backend="backpack"),
+        "margeq by ASDL": partial(_own, backend="asdl"),
         "curvlinops": partial(_theirs, "CurvlinopsGGN"),
         "curvlinops reduce": partial(_theirs, "CurvlinopsGGN", kfac_approx="reduce"),
         "BackPACK": partial(_theirs, "BackPackGGN"),
