@@ -72,6 +72,7 @@ class _Reading:
 
     def choose(self, native: Any, x: Tensor, y: Tensor) -> None:
         """At the forward: ASDL's own operation, or the rule."""
+        self._collector.called(self.layer)
         self._native = native if _is_plain(self.layer, x) else None
         if self._native is None:
             self._use = self._collector.use(self.layer, x, y)
@@ -109,8 +110,8 @@ class _Reading:
 @contextmanager
 def _reading(model: nn.Module, collector: Collector) -> Iterator[list[_Reading]]:
     """ASDL's table of layer types, extended to all layers with weights while this is open."""
-    core = importlib.import_module("asdl.core")
-    operations = importlib.import_module("asdl.operations")
+    core: Any = importlib.import_module("asdl.core")
+    operations: Any = importlib.import_module("asdl.operations")
     readings = {
         layer: _Reading(layer, collector) for layer in model.modules() if collector.names(layer)
     }
@@ -153,12 +154,12 @@ def _operation(operations: Any, readings: dict[nn.Module, _Reading]) -> type:
 
         @staticmethod
         def cov_kron_A(module: nn.Module, in_data: Tensor) -> Tensor:
-            return torch.zeros(1, 1, dtype=in_data.dtype, device=in_data.device)
+            return torch.zeros(1, 1, device=in_data.device)
 
         @staticmethod
         def cov_kron_B(module: nn.Module, out_grads: Tensor) -> Tensor:
             readings[module].add(out_grads)
-            return torch.zeros(1, 1, dtype=out_grads.dtype, device=out_grads.device)
+            return torch.zeros(1, 1, device=out_grads.device)
 
     return Reads
 
@@ -167,4 +168,7 @@ def _is_plain(layer: nn.Module, x: Tensor) -> bool:
     """Whether ASDL itself is right about a layer."""
     if type(layer) is nn.Linear:
         return x.ndim == 2
-    return type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros"
+    if type(layer) is not nn.Conv2d:
+        return False
+    usual = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+    return usual and not isinstance(layer.padding, str)

@@ -52,6 +52,9 @@ def backpack_factors(
     scale = 0.5 if is_regression else 1.0
     extension = importlib.import_module("backpack.extensions").KFLR()
     _extend(model, backpack, extension, partial(_reader_class(), collector=collector, scale=scale))
+    for layer in model.modules():
+        if collector.names(layer):
+            layer.register_forward_hook(lambda called, *_: collector.called(called))
     outputs = model(batch.inputs)
     value = loss(outputs, batch.targets.to(outputs.dtype) if is_regression else batch.targets)
     with backpack.backpack(extension):
@@ -91,23 +94,16 @@ def _reader_class() -> type:
 
         def __init__(self, kind: type[nn.Module], collector: Collector, scale: float) -> None:
             self._collector, self._scale = collector, scale
-            self._native = native[kind]() if kind in native else None
-            self._done: set[nn.Module] = set()
+            self._native: Any = native[kind]() if kind in native else None
             super().__init__(params=[])
 
         def check_hyperparameters_module_extension(
-            self, ext: Any, module: nn.Module, g_inp: Any, g_out: Any
+            self, ext: Any, module: Any, g_inp: Any, g_out: Any
         ) -> None:
             columns = ext.saved_quantities.retrieve_quantity(module.output.data_ptr(), False)
             names = self._collector.names(module)
             if columns is None or not names:
                 return
-            if module in self._done:
-                raise UnsupportedLayerError(
-                    f"{self._collector.label(module)} is called several times, which BackPACK "
-                    f"cannot add up; use backend='margeq'"
-                )
-            self._done.add(module)
             if self._native is not None and _is_plain(module):
                 self._take(ext, module, columns)
             else:
@@ -153,4 +149,5 @@ def _is_plain(module: Any) -> bool:
     """Whether BackPACK itself is right about a layer, up to its scale."""
     if isinstance(module, nn.Linear):
         return module.input0.ndim == 2
-    return module.groups == 1 and module.padding_mode == "zeros"
+    usual: bool = module.groups == 1 and module.padding_mode == "zeros"
+    return usual and not isinstance(module.padding, str)

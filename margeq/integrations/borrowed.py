@@ -65,6 +65,7 @@ class Collector:
         self._by_rule = FactorSums(weights, options)
         self._native: dict[str, BlockKron] = {}
         self._seen: set[str] = set()
+        self._called: set[nn.Module] = set()
         name_of = {id(weight): name for name, weight in weights.items()}
         self._names = {
             layer: {
@@ -75,6 +76,7 @@ class Collector:
             for layer in model.modules()
         }
         self._prefixes = {layer: prefix for prefix, layer in model.named_modules()}
+        self._require_layers()
 
     @property
     def exact_biases(self) -> bool:
@@ -97,7 +99,7 @@ class Collector:
         name = self.names(layer).get(local)
         if name is None:
             return
-        self._once(name)
+        self._seen.add(name)
         wide = accumulation_dtype(grad_cov.device)
         n_shared = torch.tensor(float(self._n_data * n_positions), dtype=wide)
         self._native[name] = BlockKron(
@@ -113,13 +115,9 @@ class Collector:
     def use(self, layer: nn.Module, x: Tensor, y: Tensor) -> Use:
         """A call of a layer that has a curvature rule; its inputs are added."""
         rule = rule_for(type(layer))
-        if rule is None or rule.listen is not None:
-            raise MissingRuleError(
-                f"{self.label(layer)} is no layer that this back-end knows; use backend='margeq'"
-            )
+        assert rule is not None
         names = self.names(layer)
-        for name in names.values():
-            self._once(name)
+        self._seen.update(names.values())
         use = Use(
             self._prefixes[layer], layer, rule, names, x.detach(), y, None, Cut(), layer, None
         )
@@ -149,13 +147,28 @@ class Collector:
         blocks = {**self._by_rule.finish(0).blocks, **self._native}
         return {name: blocks[name] for name in self._weights}  # pyright: ignore[reportReturnType]
 
-    def _once(self, name: str) -> None:
-        if name in self._seen:
+    def called(self, layer: nn.Module) -> None:
+        """Note a call of a layer.
+
+        Raises:
+            UnsupportedLayerError: for the second one.
+        """
+        if layer in self._called:
             raise UnsupportedLayerError(
-                f"{name!r} is used several times, which the back-end cannot add up; use "
-                f"backend='margeq'"
+                f"{self.label(layer)} is called several times, which "
+                f"backend={self._options.backend!r} cannot add up; use backend='margeq'"
             )
-        self._seen.add(name)
+        self._called.add(layer)
+
+    def _require_layers(self) -> None:
+        for layer, names in self._names.items():
+            rule = rule_for(type(layer))
+            if names and (rule is None or rule.listen is not None):
+                raise MissingRuleError(
+                    f"{self.label(layer)} is no layer that backend={self._options.backend!r} "
+                    f"knows; use backend='margeq', freeze it (requires_grad_(False)) or exclude it "
+                    f"with parameters=[...]"
+                )
 
 
 class BorrowedSums:
@@ -210,6 +223,9 @@ class BorrowedSums:
 
     def _borrowed(self, batch: Batch) -> BlockCurvature:
         twin = deepcopy(self._model).eval()
+        for layer in twin.modules():
+            if getattr(layer, "inplace", False) is True:
+                setattr(layer, "inplace", False)  # noqa: B010  hooks of the libraries cannot be beside it
         own = named_weights(twin)
         weights = {name: own[name] for name in self._weights}
         collector = Collector(twin, weights, self._options, len(batch))

@@ -16,7 +16,7 @@ from margeq.batches import Batch, map_tensors, read_batches
 from margeq.curvature.spectral import SpectralBlock, spectral_blocks
 from margeq.errors import ConfigError
 from margeq.integrations.kron_factors import neighbour_factors
-from margeq.likelihoods import Likelihood, as_likelihood
+from margeq.likelihoods import Categorical, Gaussian, Likelihood, as_likelihood
 from margeq.parameters import named_weights, unwrapped
 from margeq.testing.exact_sample import ExactSample, exact_sample, sampled_entries
 
@@ -218,6 +218,8 @@ def _theirs(
     places: Mapping[str, Tensor],
     **options: Any,
 ) -> _Measured:
+    if not isinstance(likelihood, (Categorical, Gaussian)):
+        raise ConfigError(f"{interface} has no {type(likelihood).__name__}")
     found = {}
     factors = neighbour_factors(interface, model, batches, likelihood.name, **options)
     for name, block in factors.items():
