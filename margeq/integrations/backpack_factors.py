@@ -56,7 +56,7 @@ def backpack_factors(
         if collector.names(layer):
             layer.register_forward_hook(lambda called, *_: collector.called(called))
     outputs = model(batch.inputs)
-    value = loss(outputs, batch.targets.to(outputs.dtype) if is_regression else batch.targets)
+    value = loss(outputs, likelihood.check_targets(outputs.detach(), batch.targets))
     with backpack.backpack(extension):
         value.backward()
 
@@ -149,5 +149,5 @@ def _is_plain(module: Any) -> bool:
     """Whether BackPACK itself is right about a layer, up to its scale."""
     if isinstance(module, nn.Linear):
         return module.input0.ndim == 2
-    usual: bool = module.groups == 1 and module.padding_mode == "zeros"
-    return usual and not isinstance(module.padding, str)
+    usual = module.groups == 1 and module.padding_mode == "zeros"
+    return bool(usual and not isinstance(module.padding, str))

@@ -131,9 +131,9 @@ def crosscheck(
 
     Example:
         >>> import torch
-        >>> x, y = torch.randn(8, 3), torch.tensor([0, 1] * 4)
-        >>> table = crosscheck(nn.Linear(3, 2), [(x, y)])
-        >>> f"{table['margeq expand'].ratios['weight']:.2f}"
+        >>> x, y = torch.eye(4), torch.tensor([0, 1, 0, 1])
+        >>> table = crosscheck(nn.Linear(4, 2), [(x, y)])
+        >>> f"{table['margeq expand'].ratios['bias']:.2f}"
         '1.00'
     """
     for name, value in (("max_data", max_data), ("sample_size", sample_size)):
