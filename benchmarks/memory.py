@@ -26,7 +26,7 @@ from benchmarks.neighbours import neighbour_jobs
 from benchmarks.networks import digits, lenet, sparse_lenet
 from benchmarks.timing import Job
 
-__all__ = ["MemoryRow", "gradient_memory", "peak_memory"]
+__all__ = ["MemoryRow", "Sampler", "gradient_memory", "peak_memory"]
 
 _INTERVAL = 0.0005
 """Seconds between samples."""
@@ -68,12 +68,12 @@ def _main(weights: str, name: str, n_data: str | None = None) -> None:
     makers = makers if n_data is None else (memory_jobs,)
     jobs = {job.name: job for make in makers for job in make(model, batches)}
     model(batches[0][0])
-    with _Sampler() as sampler:
+    with Sampler() as sampler:
         jobs[name].run()
     print(sampler.growth)
 
 
-class _Sampler:
+class Sampler:
     """Largest resident set size while the context is open, in MiB above that at its start."""
 
     def __enter__(self) -> Self:
@@ -89,6 +89,7 @@ class _Sampler:
 
     @property
     def growth(self) -> float:
+        """MiB above the start."""
         return self._largest - self._start
 
     def _watch(self) -> None:

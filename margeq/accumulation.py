@@ -26,6 +26,9 @@ from margeq.curvature.selection import weights_with_rules
 from margeq.data_pass import DataPass
 from margeq.errors import ConfigError
 from margeq.halving import Halving
+from margeq.integrations.asdl_factors import asdl_factors
+from margeq.integrations.backpack_factors import backpack_factors
+from margeq.integrations.borrowed import BorrowedSums
 from margeq.likelihoods import Likelihood, as_likelihood
 from margeq.parameters import unwrapped
 from margeq.reduction import reduce_state
@@ -39,6 +42,8 @@ __all__ = [
     "empty_state",
     "weights_with_rules",
 ]
+
+_LIBRARIES = {"backpack": backpack_factors, "asdl": asdl_factors}
 
 
 def accumulate(
@@ -57,6 +62,7 @@ def accumulate(
     batch_fn: Callable[[Any], tuple[Any, Any]] | None = None,
     seed: int = 0,
     bases: EigenBases | None = None,
+    backend: str = "margeq",
 ) -> CurvatureState:
     """Accumulate the GGN of a model over a loader, at its current weights, in this process.
 
@@ -81,6 +87,7 @@ def accumulate(
         seed: of the random draws, which are seeded by sample content besides.
         bases: orthogonal bases for ``"ekfac"``, from :func:`margeq.laplace.eigen_bases`; stale
             ones, or those of a cheaper root, give a valid bound too, if a looser one.
+        backend: ``"margeq"``, ``"backpack"`` or ``"asdl"``.
 
     Returns:
         Un-normalised sums over the data.
@@ -95,7 +102,7 @@ def accumulate(
     """
     options = KfacOptions(
         hessian_root, mc_samples, captured_trace, kfac_approx, bias_approx, position_fraction, seed,
-        curvature,
+        curvature, backend,
     )  # fmt: skip
     return accumulate_with(
         model, loader, as_likelihood(likelihood), options, parameters=parameters,
@@ -178,8 +185,12 @@ def _own_sums(
 
     def begun() -> DataPass:
         sums = _sums(weights, options, cache, bases)
+        if options.backend != "margeq":
+            sums = BorrowedSums(model, weights, likelihood, options, _LIBRARIES[options.backend])
         run = DataPass(model, weights, likelihood, options, sums, check=check)
-        if adaptive:
+        if isinstance(sums, BorrowedSums):
+            run.add_borrowed(batches(), sums)
+        elif adaptive:
             run.survey(batches())
         else:
             run.add_all_columns(batches())

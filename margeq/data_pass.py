@@ -23,6 +23,7 @@ from margeq.curvature.options import EvidenceFlavour, KfacOptions
 from margeq.curvature.packing import ColumnPlan, kept_columns, regrouped
 from margeq.curvature.sampling import checksum, reseeded, sample_keys
 from margeq.errors import NonFiniteError
+from margeq.integrations.borrowed import BorrowedSums
 from margeq.likelihoods import Likelihood
 from margeq.linalg import accumulation_dtype, is_finite
 from margeq.parameters import log_hyperprior
@@ -77,6 +78,16 @@ class DataPass:
             for v in range(root.n_columns):
                 column = root.columns(everyone, torch.full_like(everyone, v))
                 self._add_column(outputs, uses, column)
+
+    def add_borrowed(self, batches: Iterable[Batch], sums: BorrowedSums) -> None:
+        """For each batch: forward, then whatever another library does with it."""
+        for batch in batches:
+            keys = sample_keys(batch.inputs)
+            with torch.set_grad_enabled(self._unchecked):
+                outputs, uses = self._recorded(batch.inputs)
+            self._add_data(batch, keys, outputs, uses)
+            self._check_first(outputs, uses)
+            sums.add_batch(batch)
 
     def survey(self, batches: Iterable[Batch]) -> None:
         """Input factors, and the norms of all columns, by which some are kept."""

@@ -131,7 +131,8 @@ def optimize_marglik(
             :class:`margeq.curvature.options.KfacOptions` for all details (it then replaces
             ``hessian_root``, ``mc_samples`` and ``kfac_approx``). With ``hessian_root="exact"``
             the last three are bounds on the evidence of the full GGN (``flavour.is_bound``).
-        backend: ``"margeq"``.
+        backend: ``"margeq"``; or ``"backpack"`` or ``"asdl"`` for the same factors from another
+            library, with ``hessian_root="exact"``.
         hessian_root: ``"adaptive"``, ``"exact"`` or ``"mc"``.
         mc_samples: columns of the Monte-Carlo root.
         kfac_approx: ``"expand"``, ``"reduce"``, or a mapping by layer name.
@@ -191,8 +192,6 @@ def optimize_marglik(
             n_hypersteps=n_hypersteps, lr_hyp=lr_hyp, seed=seed,
         )  # fmt: skip
         _check_callbacks(callbacks)
-        if backend != "margeq":
-            raise ConfigError(f"backend={backend!r}: this version has 'margeq'")
         checkpoints = as_checkpoints(checkpoint_dir)
         inside = collect_hyperparameters(model, hyperparameters)
         NetworkStepsOptions(network_gradient, lr_hyp, n_hypersteps)
@@ -201,10 +200,18 @@ def optimize_marglik(
         likelihood_object = deepcopy(
             as_likelihood(likelihood, sigma_noise=sigma_noise_init, temperature=temperature)
         )
+        if isinstance(curvature, KfacOptions) and backend not in ("margeq", curvature.backend):
+            raise ConfigError(f"backend={backend!r}: give it to curvature=KfacOptions(...) itself")
         options = (
             curvature
             if isinstance(curvature, KfacOptions)
-            else KfacOptions(hessian_root, mc_samples, kfac_approx=kfac_approx, curvature=curvature)
+            else KfacOptions(
+                hessian_root,
+                mc_samples,
+                kfac_approx=kfac_approx,
+                curvature=curvature,
+                backend=backend,
+            )
         )
         _require_factors(inside, options, hyper_solver)
         schedule = Schedule(

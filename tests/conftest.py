@@ -12,6 +12,7 @@ import torch
 from hypothesis import settings
 
 from benchmarks.peers import import_laplace
+from margeq.errors import ConfigError
 from tests import network_guard
 
 network_guard.install()
@@ -51,5 +52,5 @@ def laplace_torch() -> ModuleType:
     """The module ``laplace``, importable also beside a CPU build of torch."""
     try:
         return import_laplace()
-    except ModuleNotFoundError as error:
+    except ConfigError as error:
         pytest.skip(f"oracle not installed: {error}")

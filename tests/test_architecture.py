@@ -41,6 +41,9 @@ LAYOUT = [
         "data_pass",
         "halving",
         "laplace",
+        "posterior",
+        "predictive",
+        "integrations",
         "effective_dim",
         "function_share",
         "pictures",
@@ -50,7 +53,6 @@ LAYOUT = [
     ["config", "runs"],
     [
         "report",
-        "integrations",
         "testing",
         "cli",
         "flags",

@@ -12,6 +12,7 @@ __all__ = ["EvidenceFlavour", "KfacOptions"]
 
 _CURVATURES = ("kfac", "ekfac", "diag", "full")
 _ROOTS = ("exact", "adaptive", "mc")
+_BACKENDS = ("margeq", "backpack", "asdl")
 _APPROXIMATIONS = {
     "expand": (False, False),
     "reduce": (True, True),
@@ -104,6 +105,7 @@ class KfacOptions:
     position_fraction: float = 1.0
     seed: int = 0
     curvature: str = "kfac"
+    backend: str = "margeq"
 
     def __post_init__(self) -> None:
         if self.curvature not in _CURVATURES:
@@ -122,6 +124,24 @@ class KfacOptions:
                 raise ConfigError(f"kfac_approx={value!r}: use one of {tuple(_APPROXIMATIONS)}")
         if self.curvature in ("diag", "full"):
             self._refuse_factor_options()
+        if self.backend not in _BACKENDS:
+            raise ConfigError(f"backend={self.backend!r}: use one of {_BACKENDS}")
+        if self.backend != "margeq":
+            self._refuse_what_others_lack()
+
+    def _refuse_what_others_lack(self) -> None:
+        asked = {
+            "curvature": (self.curvature, "kfac"),
+            "hessian_root": (self.hessian_root, "exact"),
+            "kfac_approx": (self._plain_approx(), "expand"),
+            "position_fraction": (self.position_fraction, 1.0),
+        }
+        for name, (value, only) in asked.items():
+            if value != only:
+                raise ConfigError(
+                    f"backend={self.backend!r} has {name}={only!r} only, not {value!r}; use "
+                    f"backend='margeq' for the rest"
+                )
 
     def _refuse_factor_options(self) -> None:
         for field, plain in _PLAIN_FACTORS.items():

@@ -65,6 +65,9 @@ def conclude(problem: Problem, outcomes: Sequence[Outcome]) -> MargLikResult:
         variances=function_variances(problem.model, batches, comm=problem.comm),
         hyperparameters=kept.hyperparameters,
         seed=problem.seed,
+        options=problem.draws(kept.epoch),
+        parameters=problem.parameters,
+        batch_fn=problem.batch_fn,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from importlib import import_module
@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from margeq.curvature.options import EvidenceFlavour
+from margeq.curvature.options import EvidenceFlavour, KfacOptions
 from margeq.effective_dim import EffectiveDimension, effective_dimension
 from margeq.errors import ConfigError
 from margeq.function_share import Variances
+from margeq.integrations.laplace_torch import to_laplace
 from margeq.laplace import Spectrum
 from margeq.likelihoods import Likelihood
 from margeq.pictures import path_pictures
@@ -89,6 +90,9 @@ class MargLikResult:
         variances: of the outputs of the candidate paths, over the data.
         hyperparameters: learned values of the hyperparameters inside the network, by name.
         seed: of starts and data order.
+        options: of the kept curvature pass, its random draws included.
+        parameters: which weights have a prior.
+        batch_fn: turns a batch of the loaders into ``(inputs, targets)``.
     """
 
     model: nn.Module
@@ -106,6 +110,9 @@ class MargLikResult:
     variances: Variances
     hyperparameters: Mapping[str, Tensor]
     seed: int
+    options: KfacOptions
+    parameters: str | Sequence[str] = "all"
+    batch_fn: Callable[[Any], tuple[Any, Any]] | None = None
 
     @property
     def history(self) -> History:
@@ -166,6 +173,28 @@ class MargLikResult:
         """
         # by name, and when it is asked for: figures and pages are built on results, not below them
         return import_module("margeq.report.page").report_result(self.to_dict(), Path(directory))
+
+    def to_laplace(self, train_loader: Iterable[Any]) -> Any:
+        """A fitted laplace-torch posterior, for predictive distributions, samples and saving.
+
+        Takes one pass over the data. GLM predictives of the posterior form no Jacobians.
+
+        Args:
+            train_loader: the data of the evidence: ``marglik_loader`` if there was one.
+
+        Returns:
+            A ``laplace.KronLaplace`` with margeq's curvature, precisions and noise, whose
+            ``log_marginal_likelihood()`` is :attr:`log_marginal_likelihood`.
+
+        Raises:
+            ConfigError: for ``curvature="full"``, a likelihood that laplace-torch does not have, or
+                a model that has changed since.
+            DataError: for data that cannot be used.
+        """
+        return to_laplace(
+            self.model, train_loader, self.prior, self.likelihood, self.options,
+            parameters=self.parameters, batch_fn=self.batch_fn, expected=self.spectrum,
+        )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: everything but the tensors of the model, of which a few pictures."""

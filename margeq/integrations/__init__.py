@@ -1,0 +1,1 @@
+"""Other libraries: what margeq hands over to them, and what it takes from them."""
