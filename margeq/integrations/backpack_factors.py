@@ -148,6 +148,6 @@ def _reader_class() -> type:
 def _is_plain(module: Any) -> bool:
     """Whether BackPACK itself is right about a layer, up to its scale."""
     if isinstance(module, nn.Linear):
-        return module.input0.ndim == 2
+        return bool(module.input0.ndim == 2)
     usual = module.groups == 1 and module.padding_mode == "zeros"
     return bool(usual and not isinstance(module.padding, str))
