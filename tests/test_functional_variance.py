@@ -245,3 +245,14 @@ def test_refusals():
     prior, state = GaussianPrior(model, parameters=["0.weight"]), accumulate(model, [batch])
     with pytest.raises(ConfigError, match=r"different weights: \['0\.bias'\]"):
         Posterior.of(state, prior, Categorical())
+
+
+@pytest.mark.parametrize("likelihood", TWO_LIKELIHOODS, ids=["classification", "regression"])
+def test_precision_is_scaled_curvature_and_prior(likelihood):
+    model, shape = shared_convolution()
+    batch = data_for(model, likelihood, 9, *shape)
+    posterior = posterior_of(model, batch, likelihood)
+    state = accumulate(model, [batch], likelihood)
+    for name, block in posterior.blocks.items():
+        expected = likelihood.curvature_scale * state.kron[name].to_dense()
+        torch.testing.assert_close(block.dense(block.values), expected)

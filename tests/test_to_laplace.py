@@ -404,3 +404,16 @@ def test_refusals(laplace_torch):
         unfitted.fit(loader, override=False)
     with pytest.raises(ConfigError, match="the state is about"):
         unfitted.fit_state(accumulate(model, loader, parameters=["5"]))
+
+
+def test_penalty_of_hyperparameters_belongs_to_the_evidence():
+    class Penalised(nn.Linear):
+        def log_hyperprior(self):
+            return torch.tensor(-3.5)
+
+    model, likelihood = net(nn.Linear(4, 3)), Categorical()
+    batch, prior = data_for(model, likelihood, 9, 4), GaussianPrior(model)
+    plain = to_laplace(model, [batch], prior, likelihood).log_marginal_likelihood()
+    model[0].log_hyperprior = Penalised(1, 1).log_hyperprior
+    penalised = to_laplace(model, [batch], prior, likelihood).log_marginal_likelihood()
+    assert float(penalised - plain) == pytest.approx(-3.5)
