@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         laplace,
         layers,
         models,
+        posterior,
         runs,
         testing,
     )
@@ -69,6 +70,7 @@ __all__ = [
     "named_hyperparameters",
     "named_weights",
     "optimize_marglik",
+    "posterior",
     "register_kfac_rule",
     "relax",
     "runs",
@@ -89,6 +91,7 @@ _NAMESPACES = (
     "laplace",
     "layers",
     "models",
+    "posterior",
     "runs",
     "testing",
 )
