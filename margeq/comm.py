@@ -249,8 +249,8 @@ def require_equal(comm: Comm, values: Mapping[str, Any]) -> None:
             shown = comm.gather(_shown(values[name]) if name in values else "missing")
             listed = "; ".join(f"rank {rank}: {shown[rank]}" for rank in (0, others[0]))
             raise DistributedMismatchError(
-                f"{name!r} differs between ranks ({listed}): on {others} it is not what it is on "
-                f"rank 0; "
+                f"{name!r} differs between ranks: on {others} it is not what it is on rank 0 "
+                f"({listed}); "
                 f"start all ranks from the same seed, options and state_dict, or broadcast them "
                 f"from rank 0"
             )

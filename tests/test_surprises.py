@@ -256,7 +256,8 @@ def another_seed(rank):
 
 def test_differences_between_ranks_are_shown_with_their_values():
     for text in on_ranks(2, another_seed):
-        assert "'seed' differs between ranks (rank 0: 7; rank 1: 8)" in text
+        assert "'seed' differs between ranks: on [1]" in text
+        assert "(rank 0: 7; rank 1: 8)" in text
 
 
 # -- memory, half precision
