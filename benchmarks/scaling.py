@@ -202,7 +202,8 @@ def _page() -> str:
         f"{_REPEATS}, processes of one thread, gloo, torch {torch.__version__}; one Monte-Carlo "
         f"column, {N_DATA:,} digits of 28 × 28 in all, in batches of {BATCH}. *Model* is "
         f"`benchmarks/cost_model.py` with the rates of one process and of an all-reduce of "
-        f"{_PROBE_MEGABYTES:g} MB.",
+        f"{_PROBE_MEGABYTES:g} MB. It knows neither the messages by which ranks agree nor that the "
+        f"processes share their memory, and is a lower bound.",
         "",
         *_measured_table(),
         "",
