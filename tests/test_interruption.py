@@ -27,6 +27,7 @@ from margeq.demo import Listener, run_demo
 from margeq.errors import CheckpointWarning
 from margeq.terminal import demo as terminal_demo
 from margeq.training.interruption import listening
+from margeq.training.outcome import Outcome
 from tests.resume_cases import CASES, digest, pictures, train
 from tests.test_positions import Foreign, batches, loader_of, small
 
@@ -443,6 +444,20 @@ def test_a_second_sigint_during_the_last_save_aborts_it_too(tmp_path, monkeypatc
     monkeypatch.undo()
     assert not list(tmp_path.glob(".tmp-*"))
     assert digest(train("noise", tmp_path)) == uninterrupted("noise")
+
+
+def test_a_second_sigint_while_the_best_state_is_put_back_waits_for_it(monkeypatch):
+    model, restored, real = network(), [], Outcome.restore
+
+    def restore(outcome, problem):
+        signal.raise_signal(signal.SIGINT)
+        real(outcome, problem)
+        restored.append(state_of(model))
+
+    monkeypatch.setattr(Outcome, "restore", restore)
+    with pytest.raises(KeyboardInterrupt, match="best state so far"):
+        small(batches(), None, model=model, batch_fn=signal_at(40))
+    assert same(restored[-1], state_of(model))
 
 
 @pytest.mark.parametrize("second", SIGNALS[1:])

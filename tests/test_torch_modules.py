@@ -347,6 +347,33 @@ def test_many_bare_numbers_have_blocks_of_their_own(monkeypatch):
     assert relative_errors(model, batch)["several.0"] < 1e-10
 
 
+@pytest.mark.parametrize(("size", "shape"), [(512, (1, 512, 512)), (513, (513, 1, 1))])
+def test_up_to_512_bare_numbers_are_one_block(size, shape):
+    class Gains(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gains = nn.Parameter(torch.ones(size))
+
+        def forward(self, x):
+            return (x * self.gains).unflatten(1, (-1, 1)).sum(1).expand(-1, 2)
+
+    state = accumulate(Gains(), [(torch.randn(3, size), torch.tensor([0, 1, 0]))])
+    assert state.kron["gains"].grad_cov.shape == shape
+
+
+PARAMETRISED = {
+    "weight_norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)),
+    "spectral_norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3)),
+    "orthogonal": lambda: nn.utils.parametrizations.orthogonal(nn.Linear(4, 3)),
+}
+
+
+@pytest.mark.parametrize("name", PARAMETRISED)
+def test_parametrised_layers_are_named_with_their_way_out(name):
+    with pytest.raises(MissingRuleError, match="remove_parametrizations"):
+        accumulate(nn.Sequential(PARAMETRISED[name]()), [rows()])
+
+
 def test_too_many_bare_numbers_need_a_rule(monkeypatch):
     monkeypatch.setattr("margeq.curvature.bare._LARGEST", 11)
     with pytest.raises(MissingRuleError, match=r"'several.0'"):

@@ -126,14 +126,24 @@ def require_rules(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None
     bare = bare_weights(model, weights)
     for name, (layer, _) in owners(model).items():
         if name in weights and name not in bare and rule_for(type(layer)) is None:
-            prefix = name.rpartition(".")[0] or "the model itself"
+            prefix, kind = name.rpartition(".")[0] or "the model itself", type(layer).__name__
             raise MissingRuleError(
-                f"no curvature rule for parameter {name!r} of {prefix} "
-                f"({type(layer).__name__}). Ways out: freeze it (requires_grad_(False)); exclude "
-                f"it from the Laplace approximation (parameters=[...]); replace the module; or "
-                f"register a rule with "
-                f"margeq.register_kfac_rule({type(layer).__name__})"
+                f"no curvature rule for parameter {name!r} of {prefix} ({kind}). Ways out: freeze "
+                f"it (requires_grad_(False)); exclude it from the Laplace approximation "
+                f"(parameters=[...]); replace the module; {_last_way_out(layer)}"
             )
+
+
+def _last_way_out(layer: nn.Module) -> str:
+    kind = type(layer).__name__
+    if "torch.nn.utils.parametrize" in (
+        type(layer).__module__,
+        type(layer).__bases__[0].__module__,
+    ):
+        return (
+            "or take its parametrisation off (torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+    return f"or register a rule with margeq.register_kfac_rule({kind})"
 
 
 @contextmanager

@@ -101,6 +101,7 @@ def _compare(
         raise UnsupportedLayerError(
             f"the curvature rule of {name!r} does not explain its gradient (relative difference "
             f"{float(difference / scale.clamp_min(1e-300)):.2g}). Is the weight also used outside "
-            f"its module's forward, or its input changed in place? Freeze it, exclude it with "
+            f"its module's forward, made from other parameters by a hook (weight_norm, "
+            f"spectral_norm, pruning), or its input changed in place? Freeze it, exclude it with "
             f"parameters=[...], or register a rule for the module that really uses it"
         )

@@ -105,7 +105,8 @@ def _packed(
                 f"nn.MultiheadAttention between sequences of {len(query)} and {len(key)} positions "
                 f"has one weight for maps with different numbers of positions; keep the "
                 f"projections apart (kdim={layer.embed_dim + 1} or any other width), freeze "
-                f"in_proj_weight, or exclude it with parameters=[...]"
+                f"in_proj_weight (nn.TransformerDecoderLayer: that of multihead_attn), or exclude "
+                f"it with parameters=[...]"
             )
         x = torch.stack([sequence.transpose(0, 1) for sequence in sequences], 2)
         weight = layer.in_proj_weight.unflatten(0, (3, -1))
