@@ -9,13 +9,13 @@ are one exact block, more of them are blocks of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from margeq.curvature.io import InputRows, PositionSampler, Rule, bias_rows, registered_types
@@ -124,8 +124,9 @@ def joined(model: nn.Module, copies: Mapping[str, Tensor], inputs: Any, outputs:
         return torch.func.functional_call(model, named, arguments)[0]
 
     try:
-        # fused attention has no rule for vmap
-        with _Plain(), sdpa_kernel(SDPBackend.MATH):
+        # fused attention has no rule for vmap. Torch's modules keep away from fused kernels without
+        # derivatives if a parameter requires gradients, which none does here, or somebody listens
+        with BaseTorchFunctionMode(), sdpa_kernel(SDPBackend.MATH):
             by_copies = torch.vmap(one, randomness="different")(
                 dict(copies), [leaves[place] for place in places]
             )
@@ -137,23 +138,6 @@ def joined(model: nn.Module, copies: Mapping[str, Tensor], inputs: Any, outputs:
             f"for their module"
         ) from error
     return cast(Tensor, _Joined.apply(outputs, by_copies))
-
-
-class _Plain(TorchFunctionMode):
-    """Keeps torch's modules from fused kernels without derivatives.
-
-    They ask whether a parameter requires gradients; here only copies do. They also ask whether
-    somebody listens.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        return func(*args, **(kwargs or {}))
 
 
 class _Joined(torch.autograd.Function):
