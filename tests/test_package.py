@@ -33,8 +33,8 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
 def least_cpu_seconds(before: str, measured: str) -> float:
     """CPU time of ``measured`` after ``before``, the least of five fresh processes.
 
-    CPU time, because the clock on the wall also counts whatever else the machine is doing; the least,
-    because a busy machine makes processors slower too.
+    CPU time, because the clock on the wall also counts whatever else the machine is doing; the
+    least, because a busy machine makes processors slower too.
     """
     code = (
         f"import time; {before}; start = time.process_time(); {measured}; "
