@@ -128,7 +128,7 @@ def first_look(
             refuse_bare(model, weights)
         device = next(model.parameters()).device
         batches = read_data(train_loader, device, batch_fn, comm)
-        own_inputs, own_data, content = _read_once(model, batches, likelihood)
+        own_inputs, own_data, content = _read_once(model, batches, likelihood, comm.size > 1)
     refuse_same_shares(comm, own_data, content)
     first_inputs, n_data = first_of_all(own_inputs, own_data, device, comm)
     with together(comm):
@@ -222,9 +222,9 @@ def _warn_unseen(loader: Iterable[Any], n_own: int, n_data: int) -> None:
 
 
 def _read_once(
-    model: nn.Module, batches: Iterable[Batch], likelihood: Likelihood
+    model: nn.Module, batches: Iterable[Batch], likelihood: Likelihood, has_ranks: bool
 ) -> tuple[Any, int, int]:
-    """First inputs, if any, number and checksum of data; targets are checked before training."""
+    """First inputs, if any, number and checksum (for ranks) of data; targets are all checked."""
     first, template, n_data, content = None, None, 0, 0
     for batch in batches:
         if first is None or template is None:
@@ -235,7 +235,8 @@ def _read_once(
         except DataError as error:
             raise DataError(f"batch {batch.index}: {error}") from error
         n_data += len(batch)
-        content = (content + checksum(sample_keys((batch.inputs, batch.targets)))) % 2**63
+        if has_ranks:
+            content = (content + checksum(sample_keys((batch.inputs, batch.targets)))) % 2**63
     return None if first is None else first.inputs, n_data, content
 
 
