@@ -23,6 +23,8 @@ if TYPE_CHECKING:
         data,
         distributed,
         errors,
+        group_distributions,
+        groups,
         integrations,
         laplace,
         layers,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
         posterior,
         runs,
         testing,
+        trackers,
     )
     from margeq.comparison import compare
     from margeq.convert import harden, relax
@@ -61,6 +64,8 @@ __all__ = [
     "distributed",
     "effective_dimension",
     "errors",
+    "group_distributions",
+    "groups",
     "harden",
     "integrations",
     "laplace",
@@ -75,6 +80,7 @@ __all__ = [
     "relax",
     "runs",
     "testing",
+    "trackers",
 ]
 
 _NAMESPACES = (
@@ -87,6 +93,8 @@ _NAMESPACES = (
     "data",
     "distributed",
     "errors",
+    "group_distributions",
+    "groups",
     "integrations",
     "laplace",
     "layers",
@@ -94,6 +102,7 @@ _NAMESPACES = (
     "posterior",
     "runs",
     "testing",
+    "trackers",
 )
 _HOMES = {
     "Categorical": "margeq.likelihoods",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
@@ -27,6 +27,8 @@ class RunFlags(RunConfig):
     """Go on from what is there; --no-resume removes it."""
     report: bool = True
     """Write report.html and figures at the end; 'margeq report' does so later."""
+    track: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    """Tracker that follows the run, if installed; TensorBoard's files are in OUT/tensorboard."""
     quiet: bool = False
     """Only errors."""
     json: bool = False

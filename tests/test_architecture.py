@@ -48,7 +48,7 @@ LAYOUT = [
         "function_share",
         "pictures",
     ],
-    ["optimize", "training", "checkpoint", "distributed", "callbacks"],
+    ["optimize", "training", "checkpoint", "distributed", "callbacks", "trackers"],
     ["convert", "models", "data"],
     ["config", "runs"],
     [

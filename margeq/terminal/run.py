@@ -28,6 +28,7 @@ from margeq.terminal.answer import show_answer
 from margeq.terminal.console import open_console, resumable, warnings_in_one_line
 from margeq.terminal.demo import show_demo
 from margeq.terminal.progress import Progress
+from margeq.trackers import by_name
 
 __all__ = ["show_resume", "show_run"]
 
@@ -87,11 +88,12 @@ def _show(
         stack.enter_context(resumable(directory))
         progress = Progress(console, stack).of(config.task)
         stack.enter_context(warnings_in_one_line())
+        callbacks = [progress, trained.append]
+        if isinstance(flags, RunFlags) and flags.track != "none":
+            callbacks.append(stack.enter_context(by_name(flags.track, directory)))
         # a run that has not settled says so below the table
         warnings.simplefilter("ignore", ConvergenceWarning)
-        summary = execute(
-            config, directory, factory=factory, resume=resume, callbacks=[progress, trained.append]
-        )
+        summary = execute(config, directory, factory=factory, resume=resume, callbacks=callbacks)
         wanted = not isinstance(flags, RunFlags) or flags.report
         if wanted and (trained or not (directory / PAGE).exists()):
             write_report(summary, directory, read_if_there(directory / CONFIG))
