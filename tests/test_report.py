@@ -168,7 +168,7 @@ def test_its_parts(folder):
 
 def test_every_figure_is_described(folder):
     page = parsed(folder)
-    assert page.tags.count("svg") == len(page.labels) == 6
+    assert page.tags.count("svg") == len(page.labels) == 7
     assert all(len(label) > 20 for label in page.labels)
     assert ("aria-hidden", "true") in page.attributes
     assert sum(value == "region" for name, value in page.attributes if name == "role") == 1
@@ -192,7 +192,15 @@ def test_the_same_again_from_the_directory(folder, tmp_path, capsys):
 
 def test_files_of_every_figure(folder):
     names = {path.name for path in folder.iterdir()}
-    stems = {"effective", "share", "evidence", "evidence-terms", "precisions-1", "filters-1"}
+    stems = {
+        "effective",
+        "effective-log",
+        "share",
+        "evidence",
+        "evidence-terms",
+        "precisions-1",
+        "filters-1",
+    }
     files = {f"{s}.{kind}" for s in stems for kind in ("png", "svg")}
     assert names == files | {"report.html", "report.json"}
     for stem in stems:
@@ -208,7 +216,7 @@ def test_one_colour_per_path(folder, plain):
     colours = path_colours(row["path"] for row in plain["effective_dimension"]["paths"]
                            if row["path"])  # fmt: skip
     assert len(set(colours.values())) == 2
-    for stem in ("effective", "share", "precisions-1"):
+    for stem in ("effective", "effective-log", "share", "precisions-1"):
         svg = (folder / f"{stem}.svg").read_text("utf-8")
         assert all(colour.lower() in svg for colour in colours.values())
     text = (folder / "report.html").read_text("utf-8")
@@ -522,6 +530,19 @@ def test_bars_are_stacked(plain):
         assert first.get_x() == 0.0
         assert second.get_width() == pytest.approx(rows[1][key])
         assert second.get_x() == pytest.approx(rows[0][key])
+
+
+@pytest.mark.parametrize(("small", "expected"), [(0.01, 2), (0.0099, 1)])
+def test_orders_of_magnitude_are_points_of_what_is_there(plain, small, expected):
+    changed = copy.deepcopy(plain)
+    first, second = (row for row in changed["effective_dimension"]["paths"] if row["path"])
+    first["effective"], second["effective"] = 8.0, small
+    with drawing():
+        (plate,) = (plate for plate in plates(changed) if plate.part == "orders")
+    (axis,) = plate.figure.axes
+    assert axis.get_xscale() == "log"
+    points = [point for line in axis.lines for point in line.get_xydata().tolist()]
+    assert points == [[8.0, 0], [small, 0]][:expected]
 
 
 def test_precisions_end_where_a_path_is_switched_off(plain):

@@ -21,9 +21,10 @@ from margeq.subsets import LearnedSubset, gate_label
 
 __all__ = ["FADE_SHARE", "PARTS", "Plate", "plates"]
 
-PARTS = ("effective", "evidence", "precisions", "subsets", "filters")
+PARTS = ("effective", "orders", "evidence", "precisions", "subsets", "filters")
 
 FADE_SHARE = 0.1
+_LEAST_EFFECTIVE = 0.01  # of an axis of orders of magnitude
 _GREY = "#8a8a8a"
 _WIDTH = 4.6  # inches: as wide as a phone
 _LINE, _SIDE, _GAP = 0.27, 0.5, 0.06  # of pictures of weights
@@ -65,6 +66,7 @@ def plates(plain: Mapping[str, Any]) -> Iterator[Plate]:
     if rows:
         yield _bars(rows, colours, "effective", "effective parameters γ", "effective parameters")
         yield _bars(rows, colours, "share", "share of the function's variance", "shares")
+        yield _orders(rows, colours)
     yield _starts(plain)
     yield _terms(plain)
     layers = list(dict.fromkeys(row["layer"] for row in rows))[:_MOST_LAYERS]
@@ -148,6 +150,27 @@ def _bars(
     form = "{:.1f}" if name == "effective" else "{:.0%}"
     said = "; ".join(f"{r['layer']} {r['path'].upper()} {form.format(r[key])}" for r in rows)
     return Plate("effective", name, figure, printable(f"Stacked bars, {axis_label}: {said}."))
+
+
+def _orders(rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> Plate:
+    """Points, as lengths mean nothing on a logarithmic axis; stacked bars hide what is small."""
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    figure, axis = _panel(1.3 + 0.34 * len(layers))
+    for path, colour in colours.items():
+        seen = [row for row in rows if row["path"] == path and row["effective"] >= _LEAST_EFFECTIVE]
+        places = [layers.index(row["layer"]) for row in seen]
+        values = [row["effective"] for row in seen]
+        axis.plot(values, places, "o", ms=6, color=colour, label=f" {_short(path.upper())}")
+    axis.set_xscale("log")
+    axis.set_xlim(_LEAST_EFFECTIVE / 2, 2.0 * max([1.0, *(row["effective"] for row in rows)]))
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.xaxis.set_minor_formatter("")
+    axis.set_yticks(range(len(layers)), [_short(layer) for layer in layers])
+    axis.set_ylim(len(layers) - 0.5, -0.5)
+    _finish(figure, axis, "effective parameters, orders of magnitude", "effective parameters γ", "")
+    said = "; ".join(f"{r['layer']} {r['path'].upper()} {r['effective']:.2g}" for r in rows)
+    alt = f"Points on a logarithmic axis, effective parameters γ from 0.01: {said}."
+    return Plate("orders", "effective-log", figure, printable(alt))
 
 
 # -- precisions ----------------------------------------------------------------------------------
