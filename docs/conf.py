@@ -9,9 +9,10 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
+# before margeq is imported: the checkout's, not an installed one
 sys.path[:0] = [str(ROOT), str(HERE / "extensions")]
 
-from margeq import __version__  # noqa: E402: needs the path
+from margeq import __version__  # noqa: E402
 
 project = "margeq"
 author = "The margeq developers"
@@ -29,8 +30,7 @@ extensions = [
 if find_spec("latex2mathml"):
     extensions.append("mathml")
     html_math_renderer = "mathml"
-exclude_patterns = ["_build"]
-suppress_warnings = ["toc.empty_glob"]  # there need not be any notebooks
+exclude_patterns = ["_build", "_notebooks/contents.md"]
 templates_path: list[str] = []
 
 # Markdown: formulas between dollar signs, headings that can be linked to.
@@ -62,12 +62,18 @@ html_copy_source = False
 
 
 def copy_notebooks() -> None:
-    """Put executed notebooks where Sphinx looks for pages; there need not be any."""
+    """Put executed notebooks, and a list of them, where Sphinx looks for pages."""
     target = HERE / "_notebooks"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
-    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    for notebook in notebooks:
         shutil.copy(notebook, target)
+    pages = [f"_notebooks/{notebook.stem}" for notebook in notebooks]
+    contents = ["```{toctree}", ":maxdepth: 1", "", *pages, "```"]
+    if not notebooks:  # an empty list of pages would be a warning
+        contents = ["This checkout has no executed notebooks."]
+    (target / "contents.md").write_text("\n".join(contents) + "\n")
 
 
 copy_notebooks()

@@ -24,7 +24,9 @@ from sphinx.util.docutils import SphinxDirective
 
 import margeq
 
-SECTION = re.compile(r"^(Args|Attributes|Example|Examples|Raises|References?|Returns|Shapes|Yields):")
+SECTION = re.compile(
+    r"^(Args|Attributes|Example|Examples|Raises|References?|Returns|Shapes|Yields):"
+)
 
 
 class PublicNames(SphinxDirective):
@@ -53,6 +55,9 @@ def entries(module: ModuleType) -> Iterator[str]:
     """Lines of MyST that hold reStructuredText.
 
     What ``margeq`` itself has too is described there, and only pointed at elsewhere.
+
+    Yields:
+        Lines.
     """
     names, elsewhere = public(module), []
     if module is not margeq:
