@@ -6,9 +6,10 @@ ARGS    ?=
 VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PAGES := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench
+.PHONY: help demo test test-all lint bench docs
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -21,6 +22,11 @@ $(STAMP): pyproject.toml .ci/constraints.txt
 	$(BIN)/python -m pip install -q -c .ci/constraints.txt -e '.[dev]'
 	@touch $@
 
+# The site and the notebooks take some hundred megabytes more, which most changes do not need.
+$(PAGES): $(STAMP)
+	$(BIN)/python -m pip install -q -c .ci/constraints.txt -e '.[dev,docs,notebooks]'
+	@touch $@
+
 demo: $(STAMP)  ## which symmetry does each layer choose? real digits, offline (ARGS='--seed 1')
 	$(BIN)/margeq demo $(ARGS)
 
@@ -28,7 +34,7 @@ demo: $(STAMP)  ## which symmetry does each layer choose? real digits, offline (
 test: $(STAMP)  ## the tests that decide a change (ARGS='-k digits')
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
-test-all: $(STAMP)  ## the same and the slow ones
+test-all: $(STAMP) $(PAGES)  ## the same and the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m 'slow or not slow' $(ARGS)
 
 lint: $(STAMP)  ## format, lint and types
@@ -38,3 +44,7 @@ lint: $(STAMP)  ## format, lint and types
 
 bench: $(STAMP)  ## costs as multiples of a plain epoch, beside laplace-torch
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks $(ARGS)
+
+docs: $(PAGES)  ## this documentation as a site, in docs/_build/html
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo 'docs/_build/html/index.html'

@@ -28,7 +28,9 @@ from margeq.linalg import is_finite
 __all__ = ["Anchors", "Kernel", "grid", "group_grid", "interpolation", "place_anchors"]
 
 Kernel = Literal["rbf", "exponential"]
+"""How the similarity of two points falls with their distance, by name."""
 Anchors = str | int | float | Tensor
+"""Where anchors are, how many, or which share of the pixels: see :func:`place_anchors`."""
 
 NOISE = 0.01
 """``nu``: how far, in units of the signal, a filter may miss the values at its anchors."""

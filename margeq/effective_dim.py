@@ -31,7 +31,9 @@ __all__ = [
 ]
 
 OFF_SHARE = 0.01
+"""Share of a layer's function variance below which a path is off."""
 SELECTED_SHARE = 0.9
+"""Share from which a path is selected, if all others are off."""
 
 
 @dataclass(frozen=True)

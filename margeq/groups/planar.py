@@ -82,7 +82,16 @@ def _rotations(n: int) -> Tensor:
     return torch.where((matrices - nearest).abs() < 1e-12, nearest, matrices)
 
 
-Z2, P2, P4, PM, P4M = C(1), C(2), C(4), D(1), D(4)
+Z2 = C(1)
+"""The group of shifts alone: no rotation but the identity."""
+P2 = C(2)
+"""Rotations by half turns."""
+P4 = C(4)
+"""Rotations by quarter turns."""
+PM = D(1)
+"""One reflection, no rotation."""
+P4M = D(4)
+"""Quarter turns and reflections, eight elements."""
 
 
 def require_planar(group: FiniteGroup) -> None:

@@ -23,6 +23,7 @@ class Event:
 
 
 Callback = Callable[[Event], None]
+"""Any function of an event."""
 
 
 @dataclass(frozen=True)
