@@ -46,5 +46,5 @@ bench: $(STAMP)  ## costs as multiples of a plain epoch, beside laplace-torch
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks $(ARGS)
 
 docs: $(PAGES)  ## this documentation as a site, in docs/_build/html
-	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -d docs/_build/doctrees docs docs/_build/html
 	@echo 'docs/_build/html/index.html'

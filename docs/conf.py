@@ -56,7 +56,8 @@ napoleon_custom_sections = [
 
 html_theme = "furo"
 html_title = f"margeq {release}"
-html_static_path: list[str] = []
+html_static_path = ["static"]
+html_css_files = ["pages.css"]
 html_show_sourcelink = False
 html_copy_source = False
 

@@ -64,10 +64,10 @@ def pictures_of(size):
 
 def test_readme(laplace_torch):
     found = run(ROOT / "README.md")
-    assert set(found["result"].selected) == {"0"}  # of the relaxed network
+    assert set(found["result"].selected) == {"0", "3"}  # of the relaxed network
     assert found["probabilities"].shape == (5, 10)
     assert _REPORTS == ["runs/first"]
-    assert not any(type(m).__module__.startswith("margeq") for m in found["hard"].modules())
+    assert not any(type(m).__module__.startswith("margeq") for m in found["shipped"].modules())
 
 
 def test_tutorial(capsys):

@@ -120,8 +120,10 @@ def directive(member: Any) -> str:
 
 
 def options(member: Any) -> list[str]:
-    """Classes show their own methods."""
-    return [":members:", ":show-inheritance:"] if inspect.isclass(member) else []
+    """Classes show their own methods, and what they derive from."""
+    if not inspect.isclass(member):
+        return []
+    return [":members:"] + [":show-inheritance:"] * (member.__bases__ != (object,))
 
 
 def literal_equations(
