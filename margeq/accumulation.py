@@ -22,6 +22,7 @@ from margeq.curvature.factors import FactorSums, InputCovCache
 from margeq.curvature.forms import CurvatureSums
 from margeq.curvature.full import FullSums
 from margeq.curvature.options import KfacOptions
+from margeq.curvature.outputs import OutputSums
 from margeq.curvature.selection import weights_with_rules
 from margeq.data_pass import DataPass
 from margeq.errors import ConfigError
@@ -30,6 +31,7 @@ from margeq.integrations.asdl_factors import asdl_factors
 from margeq.integrations.backpack_factors import backpack_factors
 from margeq.integrations.borrowed import BorrowedSums
 from margeq.likelihoods import Likelihood, as_likelihood
+from margeq.output_scales import of_scaled_outputs
 from margeq.parameters import unwrapped
 from margeq.reduction import reduce_state
 from margeq.state import CurvatureState
@@ -146,6 +148,7 @@ def accumulate_with(
             model, loader, likelihood, replace(options, curvature="kfac"), parameters=parameters,
             batch_fn=batch_fn, cache=cache, check=check, comm=comm, halving=halving,
         )  # fmt: skip
+        factors, _ = of_scaled_outputs(factors, likelihood)
         bases, cache = eigen_bases(factors.kron, comm), None
     if comm.size > 1:
         cache = None  # with one a rank may have to start again on its own
@@ -177,19 +180,22 @@ def _own_sums(
         raise ConfigError(f"bases belong to curvature='ekfac', not to {options.curvature!r}")
     device = next(model.parameters()).device
 
-    adaptive = options.hessian_root == "adaptive"
+    # all columns of a Gaussian root are of one size, so that adaptive keeps every one
+    adaptive = options.hessian_root == "adaptive" and not likelihood.weighs_outputs
 
     def batches() -> Iterable[Batch]:
         least = 1 if comm.size == 1 else 0
         return halving.split(read_batches(loader, device, batch_fn, least=least))
 
     def begun() -> DataPass:
-        sums = _sums(weights, options, cache, bases)
+        sums = _sums(weights, likelihood, options, cache, bases)
         if options.backend != "margeq":
             sums = BorrowedSums(model, weights, likelihood, options, _LIBRARIES[options.backend])
         run = DataPass(model, weights, likelihood, options, sums, check=check)
         if isinstance(sums, BorrowedSums):
             run.add_borrowed(batches(), sums)
+        elif isinstance(sums, OutputSums):
+            run.add_each_output(batches(), sums)
         elif adaptive:
             run.survey(batches())
         else:
@@ -222,19 +228,29 @@ def empty_state(
 ) -> CurvatureState:
     """The state of no data at all, to which those of data can be added."""
     weights = weights_with_rules(model, parameters, options)
-    sums = _sums(weights, options, None, bases)
+    sums = _sums(weights, likelihood, options, None, bases)
     run = DataPass(unwrapped(model), weights, likelihood, options, sums, check=False)
     return run.state(options.flavour(type(likelihood).__name__, parameters, likelihood.temperature))
 
 
 def _sums(
     weights: Mapping[str, nn.Parameter],
+    likelihood: Likelihood,
     options: KfacOptions,
     cache: InputCovCache | None,
     bases: EigenBases | None,
 ) -> CurvatureSums:
     if options.curvature == "full":
-        return FullSums(weights)
-    if options.curvature in ("ekfac", "diag"):
-        return EigenSums(weights, bases or {})
-    return FactorSums(weights, options, cache)
+        sums = FullSums(weights)
+    elif options.curvature in ("ekfac", "diag"):
+        sums = EigenSums(weights, bases or {})
+    else:
+        sums = FactorSums(weights, options, cache)
+    if not likelihood.weighs_outputs:
+        return sums
+    if options.backend != "margeq":
+        raise ConfigError(
+            f"backend={options.backend!r} sums the curvature of all outputs, which a noise per "
+            f"output weighs anew in every step; use backend='margeq'"
+        )
+    return OutputSums(sums)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from margeq.batches import Batch
+from margeq.batches import Batch, map_tensors
 from margeq.comm import Comm
 from margeq.curvature.capture import (
     Use,
@@ -20,7 +20,9 @@ from margeq.curvature.capture import (
 from margeq.curvature.explained import check_calls
 from margeq.curvature.forms import CurvatureSums
 from margeq.curvature.options import EvidenceFlavour, KfacOptions
+from margeq.curvature.outputs import OutputSums
 from margeq.curvature.packing import ColumnPlan, kept_columns, regrouped
+from margeq.curvature.roots import drawn_outputs
 from margeq.curvature.sampling import checksum, reseeded, sample_keys
 from margeq.errors import NonFiniteError
 from margeq.integrations.borrowed import BorrowedSums
@@ -78,6 +80,43 @@ class DataPass:
             for v in range(root.n_columns):
                 column = root.columns(everyone, torch.full_like(everyone, v))
                 self._add_column(outputs, uses, column)
+
+    def add_each_output(self, batches: Iterable[Batch], sums: OutputSums) -> None:
+        """For each batch: forward, input factors, then each output's columns on their own."""
+        mc = self._options.hessian_root == "mc"
+        for batch in batches:
+            keys = sample_keys(batch.inputs)
+            outputs, uses = self._recorded(batch.inputs)
+            self._add_data(batch, keys, outputs, uses)
+            self._check_first(outputs, uses)
+            n_outputs = outputs[0].numel()
+            if mc:
+                draws = reseeded(keys, self._options.seed)
+                which = drawn_outputs(draws, n_outputs, self._options.mc_samples)
+                self._add_drawn_outputs(batch.inputs, which, n_outputs, sums)
+                continue
+            for output in range(n_outputs):
+                sums.at_output(output, n_outputs)
+                self._add_unit_column(outputs, uses, output, 1.0)
+
+    def _add_drawn_outputs(
+        self, inputs: Any, which: Tensor, n_outputs: int, sums: OutputSums
+    ) -> None:
+        """The data that stand for one output go through the model together."""
+        scale = (n_outputs / which.shape[1]) ** 0.5
+        for sample in which.unbind(1):
+            for output in sample.unique().tolist():
+                data = (sample == output).nonzero()[:, 0]
+                outputs, uses = self._recorded(map_tensors(lambda t: t[data], inputs))  # noqa: B023
+                sums.at_output(output, n_outputs)
+                self._add_unit_column(outputs, uses, output, scale)
+
+    def _add_unit_column(
+        self, outputs: Tensor, uses: Sequence[Use], output: int, scale: float
+    ) -> None:
+        column = torch.zeros_like(outputs.detach()).flatten(1)
+        column[:, output] = scale
+        self._add_column(outputs, uses, column)
 
     def add_borrowed(self, batches: Iterable[Batch], sums: BorrowedSums) -> None:
         """For each batch: forward, then whatever another library does with it."""

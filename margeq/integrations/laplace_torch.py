@@ -55,8 +55,8 @@ def to_laplace(
         A ``laplace.KronLaplace``, whose ``log_marginal_likelihood()`` is margeq's.
 
     Raises:
-        ConfigError: for ``curvature="full"``, a likelihood that laplace-torch does not have, or
-            weights that changed since ``expected``.
+        ConfigError: for ``curvature="full"``, a likelihood that laplace-torch does not have (a
+            noise per output among them), or weights that changed since ``expected``.
         DataError: for data that cannot be used.
     """
     options = KfacOptions() if options is None else options
@@ -69,6 +69,12 @@ def to_laplace(
         raise ConfigError(
             f"laplace-torch has no {type(likelihood).__name__}; it has classification and "
             f"regression with one noise for all outputs"
+        )
+    if likelihood.weighs_outputs:
+        raise ConfigError(
+            "laplace-torch has one noise for all outputs, not one per output; use "
+            "margeq.posterior.Posterior.of(state, prior, likelihood), which has them, or train "
+            "with noise='shared' on targets in units of their noise"
         )
     if isinstance(train_loader, CurvatureState):
         state = train_loader

@@ -134,6 +134,9 @@ def first_look(
     with together(comm):
         _warn_unseen(train_loader, own_data, n_data)
         with all_paths_on(model):
+            if likelihood.weighs_outputs:
+                with eval_mode(model), torch.no_grad():
+                    likelihood.settle(forward(model, first_inputs))
             check_rules(model, weights, first_inputs)
             require_influence(model, hyperparameters, first_inputs)
             scale = function_scale(model, weights, first_inputs)
