@@ -75,7 +75,8 @@ def accumulate(
     Args:
         model: left as it is, flags of all sub-modules included.
         loader: re-iterable batches ``(inputs, targets)``.
-        likelihood: ``"classification"``, ``"regression"`` or an object.
+        likelihood: ``"classification"``, ``"regression"``, ``"regression-per-output"`` or an
+            object.
         curvature: ``"kfac"``, ``"ekfac"``, ``"diag"`` or ``"full"``; see
             :class:`margeq.curvature.options.KfacOptions`, as for the next six.
         hessian_root: ``"exact"``, ``"adaptive"`` or ``"mc"``.

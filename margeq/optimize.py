@@ -98,7 +98,8 @@ def optimize_marglik(
             wraps it, such as DistributedDataParallel, is left out.
         train_loader: re-iterable batches ``(inputs, targets)``; of several ranks each has its
             share, see :func:`margeq.distributed.shard`, which may be empty.
-        likelihood: ``"classification"``, ``"regression"``, or a likelihood object (copied).
+        likelihood: ``"classification"``, ``"regression"`` (one noise), ``"regression-per-output"``
+            (a noise per output), or a likelihood object (copied).
         prior: structure of the precisions, ``"layerwise"``, ``"tied"`` (one precision for the
             factors of a product, as in factored and separable layers), ``"scalar"``,
             ``"pathwise"`` or a mapping, or a :class:`margeq.GaussianPrior` (copied).

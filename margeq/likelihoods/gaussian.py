@@ -166,12 +166,18 @@ class Gaussian(Likelihood):
             Targets in the dtype of the outputs.
 
         Raises:
-            DataError: if the shapes differ, which would broadcast silently, or on NaN.
+            DataError: if the shapes differ, which would broadcast silently, on NaN, or for complex
+                numbers.
         """
         if targets.shape != outputs.shape:
             raise DataError(
                 f"regression targets have shape {tuple(targets.shape)}, the model returns "
                 f"{tuple(outputs.shape)}; they must be equal (unsqueeze 1-D targets to [n, 1])"
+            )
+        if targets.is_complex():
+            raise DataError(
+                f"regression targets are complex ({targets.dtype}); give real and imaginary parts "
+                f"as outputs of their own"
             )
         if not torch.isfinite(targets).all():
             index = (~torch.isfinite(targets)).nonzero()[0].tolist()

@@ -25,6 +25,7 @@ _LOG_NOISE_RANGE = 17.0
 _NOISE = "log_sigma_noise"
 _REJECTIONS = 6
 _TOLERATED_FALL = 0.01
+_COSTLY_STEPS = 20
 _SMALLEST_FRACTION = 1e-6
 
 
@@ -68,10 +69,15 @@ class MacKay(HyperSolver):
             mackay_step(spectrum, prior, likelihood)
 
     def converge(self, spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood) -> None:
-        """Iterate until log precisions move by less than 1e-6."""
-        for _ in range(1000):
+        """Iterate until logarithms move by less than 1e-6.
+
+        With a noise per output each step decomposes factors anew, so that L-BFGS takes over soon.
+        """
+        for _ in range(_COSTLY_STEPS if likelihood.weighs_outputs else 1000):
             if mackay_step(spectrum, prior, likelihood) < 1e-6:
                 return
+        if likelihood.weighs_outputs:
+            Lbfgs().converge(spectrum, prior, likelihood)
 
 
 class AdamSolver(HyperSolver):
