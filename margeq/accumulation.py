@@ -19,6 +19,7 @@ from margeq.comm import ALONE, Comm, together
 from margeq.curvature.capture import eval_mode
 from margeq.curvature.eigen import EigenBases, EigenSums, eigen_bases
 from margeq.curvature.factors import FactorSums, InputCovCache
+from margeq.curvature.final_layer import chosen_parameters
 from margeq.curvature.forms import CurvatureSums
 from margeq.curvature.full import FullSums
 from margeq.curvature.options import KfacOptions
@@ -85,7 +86,7 @@ def accumulate(
         kfac_approx: ``"expand"`` or ``"reduce"``, or a mapping by name.
         bias_approx: ``"exact"`` or ``"expand"``.
         position_fraction: share of shared positions used for input covariances.
-        parameters: as in :func:`margeq.named_weights`.
+        parameters: as in :func:`margeq.named_weights`, or ``"last_layer"``.
         batch_fn: turns a batch into ``(inputs, targets)``.
         seed: of the random draws, which are seeded by sample content besides.
         bases: orthogonal bases for ``"ekfac"``, from :func:`margeq.laplace.eigen_bases`; stale
@@ -144,6 +145,7 @@ def accumulate_with(
     """
     halving = Halving() if halving is None else halving
     model = unwrapped(model)
+    parameters = chosen_parameters(model, parameters, loader, batch_fn, comm)
     if options.curvature == "ekfac" and bases is None:
         factors = accumulate_with(
             model, loader, likelihood, replace(options, curvature="kfac"), parameters=parameters,

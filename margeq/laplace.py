@@ -23,8 +23,8 @@ from margeq.curvature.eigen import eigen_bases as _eigen_bases
 from margeq.curvature.forms import BlockEigenvalues, Eigenvalues
 from margeq.curvature.full import FullEigenvalues
 from margeq.curvature.options import EvidenceFlavour
-from margeq.errors import ConfigError
 from margeq.curvature.outputs import OutputEigenvalues, OutputFullEigenvalues
+from margeq.errors import ConfigError
 from margeq.likelihoods import Likelihood
 from margeq.output_scales import of_scaled_outputs
 from margeq.parameters import requiring_grad

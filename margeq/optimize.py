@@ -126,8 +126,8 @@ def optimize_marglik(
             (one random column on a tenth of the batches), ``"closed-form"`` (lengthscales at
             fixed filters), ``"auto"`` (closed form where it exists, sketched elsewhere), or a
             :class:`margeq.adjoint.Revisit`.
-        parameters: ``"all"``, or names of the weights to integrate out; others are trained
-            without prior.
+        parameters: ``"all"``, ``"last_layer"``, or names of weights or modules to integrate out;
+            others are trained without prior.
         curvature: ``"kfac"``, ``"ekfac"``, ``"diag"``, ``"full"``, or
             :class:`margeq.curvature.options.KfacOptions` for all details (it then replaces
             ``hessian_root``, ``mc_samples`` and ``kfac_approx``). With ``hessian_root="exact"``

@@ -1,8 +1,9 @@
 """Sums over the data in units in which all outputs have one noise.
 
-With the weights ``w_c = sigma^2 / sigma_c^2`` of outputs, and the geometric mean ``sigma``,
+With the weights ``w_c = sigma^2 / sigma_c^2`` of outputs, the geometric mean ``sigma`` and
+``kappa = 1 / (sigma^2 T)``, that of
 
-    kappa sum_c w_c H_c,   -SSE_c / (2 sigma_c^2 T) = -w_c SSE_c / (2 sigma^2 T),   kappa = 1 / (sigma^2 T)
+    kappa sum_c w_c H_c   and   -1/2 kappa sum_c w_c SSE_c
 
 is the evidence of a single noise ``sigma``: of outputs and targets times ``w_c^1/2``.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -263,7 +264,7 @@ def test_outputs_in_other_units_are_told_from_rounding_noise(sizes):
     # in the deep one each output has a curvature of rank one; noise of the first is 1e8 times as
     # large as that of the others
     torch.manual_seed(0)
-    layers = [nn.Linear(i, o) for i, o in zip(sizes, sizes[1:], strict=False)]
+    layers = [nn.Linear(i, o) for i, o in pairwise(sizes)]
     narrow, wide = (
         nn.Sequential(*layers),
         net(*[nn.Linear(m.in_features, m.out_features) for m in layers]),
@@ -319,8 +320,8 @@ def test_sums_of_all_outputs_cannot_be_weighed():
     state = accumulate(model, [batch], Gaussian())
     with pytest.raises(ConfigError, match="accumulate with this likelihood"):
         log_marginal_likelihood(state, GaussianPrior(model), own())
+    kept = accumulate(model, [batch], own())
     with pytest.raises(ConfigError, match="sigma_noise has 2 values, the model has 3 outputs"):
-        kept = accumulate(model, [batch], own())
         log_marginal_likelihood(kept, GaussianPrior(model), own([1.0, 2.0]))
     with pytest.raises(ConfigError, match="backend='margeq'"):
         accumulate(model, [batch], own(), backend="backpack")
@@ -329,7 +330,7 @@ def test_sums_of_all_outputs_cannot_be_weighed():
 def test_too_many_outputs_are_refused_with_the_ways_out(monkeypatch):
     monkeypatch.setattr(outputs, "LARGEST_PER_OUTPUT", 100)
     model, shape = mlp()
-    with pytest.raises(ConfigError, match="each of 3 outputs.*noise='shared'.*parameters"):
+    with pytest.raises(ConfigError, match=r"each of 3 outputs.*noise='shared'.*parameters"):
         accumulate(model, [data_for(model, own(), 8, *shape)], own())
 
 

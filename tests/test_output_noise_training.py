@@ -135,7 +135,9 @@ def test_hyperparameters_inside_the_network_move_beside_them():
     for method in ("exact", "sketched", "closed-form"):
         result = fit(model, [(x, y)], network_gradient=method, n_epochs=60)
         assert result.likelihood.sigma_noise[0] < result.likelihood.sigma_noise[1]
-        assert result.history.updates[0].hyperparameters != result.history.updates[-1].hyperparameters
+        assert (
+            result.history.updates[0].hyperparameters != result.history.updates[-1].hyperparameters
+        )
 
 
 def test_fifty_outputs():

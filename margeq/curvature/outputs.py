@@ -216,6 +216,9 @@ def _without_noise(part: Tensor, name: str, resolution: float) -> tuple[Tensor, 
 
     In their weighted sum the noise of an output in small units would pass for another output's
     curvature. Sums of float64 gradients have none to speak of.
+
+    Returns:
+        The covariances, and the number of clearly negative eigenvalues.
     """
     values, vectors, clamped = psd_eigh(part, name, resolution)
     if resolution <= torch.finfo(torch.float64).eps:

@@ -227,6 +227,9 @@ def drawn_outputs(keys: Tensor, n_outputs: int, n_samples: int) -> Tensor:
 
     Times ``(K / M)^1/2`` their unit vectors are an unbiased root of the identity, whose columns
     belong to one output each.
+
+    Returns:
+        Numbers of outputs.
     """
     draws = uniforms(keys, _MC_STREAM, n_samples) * n_outputs
     return draws.long().clamp_max(n_outputs - 1)

@@ -16,6 +16,7 @@ from torch import nn
 
 from margeq.accumulation import accumulate_with
 from margeq.comm import current_comm
+from margeq.curvature.final_layer import chosen_parameters
 from margeq.curvature.options import KfacOptions
 from margeq.errors import ConfigError, DataWarning
 from margeq.laplace import CurvatureState, Spectrum
@@ -76,6 +77,8 @@ def to_laplace(
             "margeq.posterior.Posterior.of(state, prior, likelihood), which has them, or train "
             "with noise='shared' on targets in units of their noise"
         )
+    if not isinstance(train_loader, CurvatureState):
+        parameters = chosen_parameters(model, parameters, train_loader, batch_fn, current_comm())
     if isinstance(train_loader, CurvatureState):
         state = train_loader
     else:

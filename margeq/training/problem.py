@@ -19,6 +19,7 @@ from margeq.comm import Comm, together
 from margeq.curvature.bare import refuse_bare
 from margeq.curvature.capture import eval_mode, forward
 from margeq.curvature.explained import check_rules
+from margeq.curvature.final_layer import chosen_parameters
 from margeq.curvature.options import KfacOptions
 from margeq.curvature.sampling import checksum, sample_keys, tensors_of
 from margeq.errors import ConfigError, DataError, DataWarning
@@ -123,6 +124,8 @@ def first_look(
         require_finite(hyperparameters)
         if comm.size > 1:
             refuse_what_ranks_cannot_share(model, train_loader, marglik_loader)
+    parameters = chosen_parameters(model, parameters, train_loader, batch_fn, comm)
+    with together(comm):
         weights = weights_with_rules(model, parameters, options)
         if hyperparameters and schedule.hyper_solver != "fixed":
             refuse_bare(model, weights)

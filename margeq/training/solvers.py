@@ -52,8 +52,8 @@ class HyperSolver(ABC):
 class MacKay(HyperSolver):
     """Fixed point ``delta = gamma / |theta|^2``, ``sigma^2 = SSE / (N K - T gamma)``.
 
-    With a noise per output ``sigma_c^2 = SSE_c / (N - T gamma_c)``, where ``gamma_c`` is what output
-    ``c`` contributes to the effective parameters, ``-1/2 d log det / d log sigma_c``.
+    With a noise per output ``sigma_c^2 = SSE_c / (N - T gamma_c)``, where ``gamma_c`` is what
+    output ``c`` contributes to the effective parameters, ``-1/2 d log det / d log sigma_c``.
     A precision of several tensors has their ``gamma``, and their norms relative to their offsets.
 
     Args:
@@ -277,9 +277,7 @@ def _fixed_point(
     return target
 
 
-def _noise_targets(
-    spectrum: Spectrum, prior: GaussianPrior, likelihood: Gaussian
-) -> list[float]:
+def _noise_targets(spectrum: Spectrum, prior: GaussianPrior, likelihood: Gaussian) -> list[float]:
     """The noise of each output."""
     leaf = likelihood.log_sigma_noise
     with requiring_grad([leaf]), torch.enable_grad():
@@ -316,7 +314,9 @@ def _write(values: dict[str, float], prior: GaussianPrior, likelihood: Likelihoo
     if isinstance(likelihood, Gaussian):
         before = likelihood.log_sigma_noise
         named = [values[name] for name in _scalars({_NOISE: before})]
-        clamped = torch.tensor(named, dtype=torch.float64).clamp(-_LOG_NOISE_RANGE, _LOG_NOISE_RANGE)
+        clamped = torch.tensor(named, dtype=torch.float64).clamp(
+            -_LOG_NOISE_RANGE, _LOG_NOISE_RANGE
+        )
         likelihood.log_sigma_noise = clamped.reshape(before.shape)
 
 
