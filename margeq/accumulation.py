@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from margeq import layers as _layers  # noqa: F401  registers the rules of all layers
-from margeq.batches import Batch, read_batches, refuse_padding
+from margeq.batches import Batch, map_tensors, read_batches, refuse_padding
 from margeq.comm import ALONE, Comm, together
-from margeq.curvature.capture import eval_mode
+from margeq.curvature.capture import backpropagate, eval_mode, run_recorded
 from margeq.curvature.eigen import EigenBases, EigenSums, eigen_bases
 from margeq.curvature.factors import FactorSums, InputCovCache
 from margeq.curvature.final_layer import chosen_parameters
@@ -24,6 +24,7 @@ from margeq.curvature.forms import CurvatureSums
 from margeq.curvature.full import FullSums
 from margeq.curvature.options import KfacOptions
 from margeq.curvature.outputs import OutputSums
+from margeq.curvature.sampling import sample_keys
 from margeq.curvature.selection import weights_with_rules
 from margeq.data_pass import DataPass
 from margeq.errors import ConfigError
@@ -43,6 +44,7 @@ __all__ = [
     "accumulate",
     "accumulate_with",
     "empty_state",
+    "require_room",
     "weights_with_rules",
 ]
 
@@ -234,6 +236,32 @@ def empty_state(
     sums = _sums(weights, likelihood, options, None, bases)
     run = DataPass(unwrapped(model), weights, likelihood, options, sums, check=False)
     return run.state(options.flavour(type(likelihood).__name__, parameters, likelihood.temperature))
+
+
+def require_room(
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    inputs: Any,
+    likelihood: Likelihood,
+    options: KfacOptions,
+) -> None:
+    """Refuse curvature per output that would not fit into memory, by one datum of a batch.
+
+    Raises:
+        ConfigError: with the number of outputs, and the ways out; or for a library that has no
+            curvature per output.
+    """
+    sums = _sums(weights, likelihood, options, None, None)
+    if not isinstance(sums, OutputSums):
+        return
+    one = map_tensors(lambda tensor: tensor[:1], inputs)
+    with eval_mode(model), torch.enable_grad():
+        outputs, uses = run_recorded(model, weights, one)
+        sums.add_inputs(uses, one, sample_keys(one))
+        sums.at_output(0, outputs.numel())
+        column = torch.zeros_like(outputs.detach()).flatten(1)
+        column[:, 0] = 1.0
+        sums.add_gradients(uses, backpropagate(outputs, uses, column.reshape(outputs.shape)))
 
 
 def _sums(

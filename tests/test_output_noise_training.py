@@ -12,6 +12,7 @@ from torch import nn
 
 import margeq
 from margeq.checkpoint import Checkpoints
+from margeq.curvature import outputs
 from margeq.curvature.options import KfacOptions
 from margeq.distributed import accumulate
 from margeq.errors import CheckpointMismatch, ConfigError, ConvergenceWarning, DataError
@@ -117,6 +118,16 @@ def test_another_number_of_noises_than_outputs_is_refused_before_the_first_step(
     with pytest.raises(ConfigError, match="2 values, the model has 3 outputs"):
         fit(model, likelihood=Gaussian([1.0, 2.0], noise="per-output"))
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("curvature", ["kfac", "ekfac", "full"])
+def test_too_many_outputs_are_refused_before_the_first_step(curvature, monkeypatch):
+    monkeypatch.setattr(outputs, "LARGEST_PER_OUTPUT", 100)
+    with pytest.raises(ConfigError, match=r"each of 3 outputs.*noise='shared'"):
+        fit(callbacks=[stop_at(1)], curvature=curvature, hessian_root="exact")
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"backend='margeq'"):
+        fit(callbacks=[stop_at(1)], backend="backpack", hessian_root="exact")
 
 
 @pytest.mark.parametrize("curvature", ["ekfac", "diag", "full"])

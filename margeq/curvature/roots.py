@@ -175,7 +175,8 @@ class ScaledRoot:
 
     def square_norms(self) -> Tensor:
         """Squared norm of each column, ``[n, v]``."""
-        everyone = torch.arange(len(self._root.square_norms()), device=self._scales.device)
+        norms = self._root.square_norms()
+        everyone = torch.arange(len(norms), device=norms.device)
         columns = [self.columns(everyone, everyone * 0 + v) for v in range(self.n_columns)]
         return torch.stack([column.double().square().sum(-1) for column in columns], -1)
 

@@ -4,8 +4,8 @@ from margeq.layers import attention as _attention  # registers the rules of nn.M
 from margeq.layers import convolution as _convolution  # registers the rules of nn.Conv1d/2d/3d
 from margeq.layers import datum_norm as _datum_norm  # Layer-, RMS-, Group- and InstanceNorm
 from margeq.layers import embedding as _embedding  # nn.Embedding
-from margeq.layers import prelu as _prelu  # nn.PReLU
 from margeq.layers import normalisation as _normalisation  # those of nn.BatchNorm1d/2d/3d
+from margeq.layers import prelu as _prelu  # nn.PReLU
 from margeq.layers import transposed as _transposed  # nn.ConvTranspose1d/2d/3d
 from margeq.layers.dense import Linear2d
 from margeq.layers.equivariant import EquivariantLinear
@@ -89,8 +89,8 @@ __all__ = [
     "_convolution",
     "_datum_norm",
     "_embedding",
-    "_prelu",
     "_normalisation",
+    "_prelu",
     "_transposed",
     "check_sizes",
     "expand_to",

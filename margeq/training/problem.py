@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from margeq.accumulation import InputCovCache, weights_with_rules
+from margeq.accumulation import InputCovCache, require_room, weights_with_rules
 from margeq.adjoint import Revisit
 from margeq.batches import Batch, read_batches
 from margeq.comm import Comm, together
@@ -141,6 +141,7 @@ def first_look(
                 with eval_mode(model), torch.no_grad():
                     likelihood.settle(forward(model, first_inputs))
             check_rules(model, weights, first_inputs)
+            require_room(model, weights, first_inputs, likelihood, options)
             require_influence(model, hyperparameters, first_inputs)
             scale = function_scale(model, weights, first_inputs)
         built, by_function = _prior(model, weights, prior, prior_prec_init, parameters)
