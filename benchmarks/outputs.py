@@ -21,10 +21,9 @@ N_DATA, BATCH, WIDTH, REPEATS = 2000, 500, 128, 5
 def main() -> None:
     """Print two tables in Markdown."""
     torch.set_num_threads(1)
-    print(f"PyTorch {torch.__version__}, one core; seconds, medians of {REPEATS}.\n")
-    print(
-        "| outputs | noise | root | curvature pass | hyperparameter gradient |\n|--:|---|---|--:|--:|"
-    )
+    print(f"PyTorch {torch.__version__}, one core; seconds, medians of {REPEATS}\n")
+    print("| outputs | noise | root | curvature pass | hyperparameter gradient |")
+    print("|--:|---|---|--:|--:|")
     for n_outputs in (1, 10, 50, 200):
         for likelihood, root in _variants():
             _row(n_outputs, likelihood, root)

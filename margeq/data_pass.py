@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from margeq.batches import Batch, map_tensors
+from margeq.batches import Batch
 from margeq.comm import Comm
 from margeq.curvature.capture import (
     Use,
@@ -93,30 +93,14 @@ class DataPass:
             if mc:
                 draws = reseeded(keys, self._options.seed)
                 which = drawn_outputs(draws, n_outputs, self._options.mc_samples)
-                self._add_drawn_outputs(batch.inputs, which, n_outputs, sums)
+                for sample in which.unbind(1):
+                    grads = _unit_gradients(outputs, uses, sample, which.shape[1])
+                    sums.add_drawn(uses, grads, sample, n_outputs)
                 continue
             for output in range(n_outputs):
                 sums.at_output(output, n_outputs)
-                self._add_unit_column(outputs, uses, output, 1.0)
-
-    def _add_drawn_outputs(
-        self, inputs: Any, which: Tensor, n_outputs: int, sums: OutputSums
-    ) -> None:
-        """The data that stand for one output go through the model together."""
-        scale = (n_outputs / which.shape[1]) ** 0.5
-        for sample in which.unbind(1):
-            for output in sample.unique().tolist():
-                data = (sample == output).nonzero()[:, 0]
-                outputs, uses = self._recorded(map_tensors(lambda t: t[data], inputs))  # noqa: B023
-                sums.at_output(output, n_outputs)
-                self._add_unit_column(outputs, uses, output, scale)
-
-    def _add_unit_column(
-        self, outputs: Tensor, uses: Sequence[Use], output: int, scale: float
-    ) -> None:
-        column = torch.zeros_like(outputs.detach()).flatten(1)
-        column[:, output] = scale
-        self._add_column(outputs, uses, column)
+                everyone = torch.full((len(outputs),), output, device=outputs.device)
+                sums.add_gradients(uses, _unit_gradients(outputs, uses, everyone, n_outputs))
 
     def add_borrowed(self, batches: Iterable[Batch], sums: BorrowedSums) -> None:
         """For each batch: forward, then whatever another library does with it."""
@@ -222,3 +206,14 @@ class DataPass:
             threshold=self._threshold,
             trace=self._trace,
         )
+
+
+def _unit_gradients(
+    outputs: Tensor, uses: Sequence[Use], which: Tensor, n_samples: int
+) -> list[Tensor | None]:
+    """Gradients of one output of each datum, scaled as one of so many that stand for all."""
+    column = torch.zeros_like(outputs.detach()).flatten(1)
+    column[torch.arange(len(which), device=which.device), which] = (
+        column.shape[1] / n_samples
+    ) ** 0.5
+    return backpropagate(outputs, uses, column.reshape(outputs.shape))

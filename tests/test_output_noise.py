@@ -247,16 +247,17 @@ def test_adaptive_keeps_everything():
     assert values[0] == values[1]
 
 
-def test_drawn_outputs_are_unbiased():
-    model, shape = mlp()
-    batch = data_for(model, own(), 6, *shape)
-    exactly = accumulate(model, [batch], own(), curvature="full").curvature
-    options = [KfacOptions("mc", 2, curvature="full", seed=seed) for seed in range(200)]
+@pytest.mark.parametrize(("kind", "curvature"), [("mlp", "full"), ("cnn", "kfac"), ("cnn", "diag")])
+def test_drawn_outputs_are_unbiased(kind, curvature):
+    model = networks()[kind]
+    batch = data_for(model, own(), 6, 4)
+    exactly = accumulate(model, [batch], own(), curvature=curvature).curvature
+    options = [KfacOptions("mc", 2, curvature=curvature, seed=seed) for seed in range(200)]
     draws = [accumulate_with(model, [batch], own(), o).curvature.parts for o in options]
-    (name,) = exactly.parts
-    sample = torch.stack([draw[name] for draw in draws])
-    error = sample.std(0) / len(sample) ** 0.5
-    assert ((sample.mean(0) - exactly.parts[name]).abs() <= 5 * error + 1e-12).all()
+    for name, expected in exactly.parts.items():
+        sample = torch.stack([draw[name] for draw in draws])
+        error = sample.std(0) / len(sample) ** 0.5
+        assert ((sample.mean(0) - expected).abs() <= 5 * error + 1e-12).all()
 
 
 @pytest.mark.parametrize("sizes", [(3, 3), (3, 20, 3)], ids=["head", "deep"])

@@ -81,6 +81,34 @@ class OutputSums:
                 self._parts[name] = self._zeros_like(name, part)
             self._parts[name][self._output] += part
 
+    def add_drawn(
+        self,
+        uses: Sequence[Use],
+        grads: Sequence[Tensor | None],
+        which: Tensor,
+        n_outputs: int,
+    ) -> None:
+        """Add a column in which each datum stands for one output.
+
+        Args:
+            uses: recorded calls, whose inputs were added before.
+            grads: the gradient of each call's output, ``None`` where it does not matter.
+            which: the output of each datum, ``[n]``.
+            n_outputs: number of outputs.
+        """
+        order, end = which.argsort(stable=True), 0
+        uses = [replace(use, x=use.x[order]) for use in uses]
+        grads = [None if grad is None else grad[order] for grad in grads]
+        for output, count in enumerate(which.bincount(minlength=n_outputs).tolist()):
+            if count:
+                data = slice(end, end + count)
+                end += count
+                self.at_output(output, n_outputs)
+                self.add_gradients(
+                    [replace(use, x=use.x[data]) for use in uses],
+                    [None if grad is None else grad[data] for grad in grads],
+                )
+
     def _zeros_like(self, name: str, part: Tensor) -> Tensor:
         total = sum(found.numel() for found in self._parts.values())
         total += self._n_outputs * part.numel()
