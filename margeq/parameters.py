@@ -33,7 +33,7 @@ LAST_LAYER = "last_layer"
 
 
 class LastLayer(tuple[str, ...]):
-    """Names of the weights of the last layer, see :func:`margeq.curvature.last_layer`."""
+    """Names of the weights of the last layer, see :func:`margeq.last_layer`."""
 
     __slots__ = ()
 
@@ -151,7 +151,7 @@ def named_weights(
             f"parameters={parameters!r}: use 'all', 'last_layer' or a sequence of names"
             + (
                 "; which layer is the last one, only data tell: use "
-                "margeq.curvature.last_layer(model, inputs)"
+                "margeq.last_layer(model, inputs)"
                 if parameters == LAST_LAYER
                 else f", such as [{parameters!r}]"
             )

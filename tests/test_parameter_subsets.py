@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import margeq
-from margeq.curvature import exact, last_layer
+from margeq.curvature import exact
 from margeq.curvature.factors import FactorSums
+from margeq.curvature.final_layer import last_layer
 from margeq.distributed import accumulate as accumulate_on_ranks
 from margeq.errors import ConfigError, ConvergenceWarning
 from margeq.laplace import accumulate, log_marginal_likelihood
@@ -197,9 +198,9 @@ def test_names_that_mean_nothing_are_refused_with_what_was_meant(parameters, mes
 
 
 def test_without_data_the_last_layer_is_asked_for_by_name():
-    with pytest.raises(ConfigError, match=r"curvature\.last_layer\(model, inputs\)"):
+    with pytest.raises(ConfigError, match=r"margeq\.last_layer\(model, inputs\)"):
         GaussianPrior(mlp(), parameters="last_layer")
-    prior = GaussianPrior(mlp(), parameters=last_layer(mlp(), torch.ones(2, 4, dtype=F64)))
+    prior = GaussianPrior(mlp(), parameters=margeq.last_layer(mlp(), torch.ones(2, 4, dtype=F64)))
     assert set(prior.groups) == {"4.weight", "4.bias"}
 
 

@@ -1,7 +1,6 @@
 """Curvature core: knows no layer, prior or likelihood."""
 
 from margeq.curvature import exact
-from margeq.curvature.final_layer import last_layer
 from margeq.curvature.io import InputRows, LinearIO, Rule, register_kfac_rule, register_split_rule
 from margeq.curvature.kron import BlockKron
 
@@ -11,7 +10,6 @@ __all__ = [
     "LinearIO",
     "Rule",
     "exact",
-    "last_layer",
     "register_kfac_rule",
     "register_split_rule",
 ]
