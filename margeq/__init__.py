@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     )
     from margeq.comparison import compare
     from margeq.convert import harden, relax
+    from margeq.curvature.final_layer import last_layer
     from margeq.curvature.io import LinearIO, register_kfac_rule
     from margeq.effective_dim import effective_dimension
     from margeq.laplace import log_marginal_likelihood
@@ -69,6 +70,7 @@ __all__ = [
     "harden",
     "integrations",
     "laplace",
+    "last_layer",
     "layers",
     "log_marginal_likelihood",
     "models",
@@ -113,6 +115,7 @@ _HOMES = {
     "compare": "margeq.comparison",
     "effective_dimension": "margeq.effective_dim",
     "harden": "margeq.convert",
+    "last_layer": "margeq.curvature.final_layer",
     "log_marginal_likelihood": "margeq.laplace",
     "named_hyperparameters": "margeq.parameters",
     "named_weights": "margeq.parameters",

@@ -14,14 +14,17 @@ import torch
 from torch import nn
 
 from margeq import layers as _layers  # noqa: F401  registers the rules of all layers
-from margeq.batches import Batch, read_batches, refuse_padding
+from margeq.batches import Batch, map_tensors, read_batches, refuse_padding
 from margeq.comm import ALONE, Comm, together
-from margeq.curvature.capture import eval_mode
+from margeq.curvature.capture import backpropagate, eval_mode, run_recorded
 from margeq.curvature.eigen import EigenBases, EigenSums, eigen_bases
 from margeq.curvature.factors import FactorSums, InputCovCache
+from margeq.curvature.final_layer import chosen_parameters
 from margeq.curvature.forms import CurvatureSums
 from margeq.curvature.full import FullSums
 from margeq.curvature.options import KfacOptions
+from margeq.curvature.outputs import OutputSums
+from margeq.curvature.sampling import sample_keys
 from margeq.curvature.selection import weights_with_rules
 from margeq.data_pass import DataPass
 from margeq.errors import ConfigError
@@ -30,6 +33,7 @@ from margeq.integrations.asdl_factors import asdl_factors
 from margeq.integrations.backpack_factors import backpack_factors
 from margeq.integrations.borrowed import BorrowedSums
 from margeq.likelihoods import Likelihood, as_likelihood
+from margeq.output_scales import of_scaled_outputs
 from margeq.parameters import unwrapped
 from margeq.reduction import reduce_state
 from margeq.state import CurvatureState
@@ -40,6 +44,7 @@ __all__ = [
     "accumulate",
     "accumulate_with",
     "empty_state",
+    "require_room",
     "weights_with_rules",
 ]
 
@@ -73,7 +78,8 @@ def accumulate(
     Args:
         model: left as it is, flags of all sub-modules included.
         loader: re-iterable batches ``(inputs, targets)``.
-        likelihood: ``"classification"``, ``"regression"`` or an object.
+        likelihood: ``"classification"``, ``"regression"``, ``"regression-per-output"`` or an
+            object.
         curvature: ``"kfac"``, ``"ekfac"``, ``"diag"`` or ``"full"``; see
             :class:`margeq.curvature.options.KfacOptions`, as for the next six.
         hessian_root: ``"exact"``, ``"adaptive"`` or ``"mc"``.
@@ -82,7 +88,7 @@ def accumulate(
         kfac_approx: ``"expand"`` or ``"reduce"``, or a mapping by name.
         bias_approx: ``"exact"`` or ``"expand"``.
         position_fraction: share of shared positions used for input covariances.
-        parameters: as in :func:`margeq.named_weights`.
+        parameters: as in :func:`margeq.named_weights`, or ``"last_layer"``.
         batch_fn: turns a batch into ``(inputs, targets)``.
         seed: of the random draws, which are seeded by sample content besides.
         bases: orthogonal bases for ``"ekfac"``, from :func:`margeq.laplace.eigen_bases`; stale
@@ -141,11 +147,13 @@ def accumulate_with(
     """
     halving = Halving() if halving is None else halving
     model = unwrapped(model)
+    parameters = chosen_parameters(model, parameters, loader, batch_fn, comm)
     if options.curvature == "ekfac" and bases is None:
         factors = accumulate_with(
             model, loader, likelihood, replace(options, curvature="kfac"), parameters=parameters,
             batch_fn=batch_fn, cache=cache, check=check, comm=comm, halving=halving,
         )  # fmt: skip
+        factors, _ = of_scaled_outputs(factors, likelihood)
         bases, cache = eigen_bases(factors.kron, comm), None
     if comm.size > 1:
         cache = None  # with one a rank may have to start again on its own
@@ -177,19 +185,22 @@ def _own_sums(
         raise ConfigError(f"bases belong to curvature='ekfac', not to {options.curvature!r}")
     device = next(model.parameters()).device
 
-    adaptive = options.hessian_root == "adaptive"
+    # all columns of a Gaussian root are of one size, so that adaptive keeps every one
+    adaptive = options.hessian_root == "adaptive" and not likelihood.weighs_outputs
 
     def batches() -> Iterable[Batch]:
         least = 1 if comm.size == 1 else 0
         return halving.split(read_batches(loader, device, batch_fn, least=least))
 
     def begun() -> DataPass:
-        sums = _sums(weights, options, cache, bases)
+        sums = _sums(weights, likelihood, options, cache, bases)
         if options.backend != "margeq":
             sums = BorrowedSums(model, weights, likelihood, options, _LIBRARIES[options.backend])
         run = DataPass(model, weights, likelihood, options, sums, check=check)
         if isinstance(sums, BorrowedSums):
             run.add_borrowed(batches(), sums)
+        elif isinstance(sums, OutputSums):
+            run.add_each_output(batches(), sums)
         elif adaptive:
             run.survey(batches())
         else:
@@ -222,19 +233,55 @@ def empty_state(
 ) -> CurvatureState:
     """The state of no data at all, to which those of data can be added."""
     weights = weights_with_rules(model, parameters, options)
-    sums = _sums(weights, options, None, bases)
+    sums = _sums(weights, likelihood, options, None, bases)
     run = DataPass(unwrapped(model), weights, likelihood, options, sums, check=False)
     return run.state(options.flavour(type(likelihood).__name__, parameters, likelihood.temperature))
 
 
+def require_room(
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    inputs: Any,
+    likelihood: Likelihood,
+    options: KfacOptions,
+) -> None:
+    """Refuse curvature per output that would not fit into memory, by one datum of a batch.
+
+    Raises:
+        ConfigError: with the number of outputs, and the ways out; or for a library that has no
+            curvature per output.
+    """
+    sums = _sums(weights, likelihood, options, None, None)
+    if not isinstance(sums, OutputSums):
+        return
+    one = map_tensors(lambda tensor: tensor[:1], inputs)
+    with eval_mode(model), torch.enable_grad():
+        outputs, uses = run_recorded(model, weights, one)
+        sums.add_inputs(uses, one, sample_keys(one))
+        sums.at_output(0, outputs.numel())
+        column = torch.zeros_like(outputs.detach()).flatten(1)
+        column[:, 0] = 1.0
+        sums.add_gradients(uses, backpropagate(outputs, uses, column.reshape(outputs.shape)))
+
+
 def _sums(
     weights: Mapping[str, nn.Parameter],
+    likelihood: Likelihood,
     options: KfacOptions,
     cache: InputCovCache | None,
     bases: EigenBases | None,
 ) -> CurvatureSums:
     if options.curvature == "full":
-        return FullSums(weights)
-    if options.curvature in ("ekfac", "diag"):
-        return EigenSums(weights, bases or {})
-    return FactorSums(weights, options, cache)
+        sums = FullSums(weights)
+    elif options.curvature in ("ekfac", "diag"):
+        sums = EigenSums(weights, bases or {})
+    else:
+        sums = FactorSums(weights, options, cache)
+    if not likelihood.weighs_outputs:
+        return sums
+    if options.backend != "margeq":
+        raise ConfigError(
+            f"backend={options.backend!r} sums the curvature of all outputs, which a noise per "
+            f"output weighs anew in every step; use backend='margeq'"
+        )
+    return OutputSums(sums)

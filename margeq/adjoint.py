@@ -41,6 +41,7 @@ from margeq.errors import ConfigError, DataError
 from margeq.halving import Halving
 from margeq.laplace import log_marginal_likelihood
 from margeq.likelihoods import Likelihood
+from margeq.output_scales import of_scaled_outputs
 from margeq.parameters import log_hyperprior, requiring_grad, unwrapped
 from margeq.priors import GaussianPrior
 from margeq.pull import Pull
@@ -102,6 +103,8 @@ def network_gradient(
         DistributedMismatchError: if the ranks' hyperparameters, priors or states differ.
     """
     model = unwrapped(model)
+    # what follows is about outputs and targets in units of their noise
+    state, likelihood = of_scaled_outputs(state, likelihood)
     require_equal(comm, _what_ranks_share(state, prior, likelihood, hyperparameters))
     if state.flavour.curvature != "kfac":
         raise ConfigError(

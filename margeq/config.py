@@ -66,7 +66,7 @@ class RunConfig:
     """Learning rate over the epochs."""
     lr_hyp: float = 0.1
     """Step size of the hyperparameters."""
-    likelihood: Literal["classification", "regression"] = "classification"
+    likelihood: Literal["classification", "regression", "regression-per-output"] = "classification"
     """What the targets are."""
     sigma_noise_init: float = 1.0
     """Initial noise for regression."""

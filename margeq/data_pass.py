@@ -20,7 +20,9 @@ from margeq.curvature.capture import (
 from margeq.curvature.explained import check_calls
 from margeq.curvature.forms import CurvatureSums
 from margeq.curvature.options import EvidenceFlavour, KfacOptions
+from margeq.curvature.outputs import OutputSums
 from margeq.curvature.packing import ColumnPlan, kept_columns, regrouped
+from margeq.curvature.roots import drawn_outputs
 from margeq.curvature.sampling import checksum, reseeded, sample_keys
 from margeq.errors import NonFiniteError
 from margeq.integrations.borrowed import BorrowedSums
@@ -78,6 +80,27 @@ class DataPass:
             for v in range(root.n_columns):
                 column = root.columns(everyone, torch.full_like(everyone, v))
                 self._add_column(outputs, uses, column)
+
+    def add_each_output(self, batches: Iterable[Batch], sums: OutputSums) -> None:
+        """For each batch: forward, input factors, then each output's columns on their own."""
+        mc = self._options.hessian_root == "mc"
+        for batch in batches:
+            keys = sample_keys(batch.inputs)
+            outputs, uses = self._recorded(batch.inputs)
+            self._add_data(batch, keys, outputs, uses)
+            self._check_first(outputs, uses)
+            n_outputs = outputs[0].numel()
+            if mc:
+                draws = reseeded(keys, self._options.seed)
+                which = drawn_outputs(draws, n_outputs, self._options.mc_samples)
+                for sample in which.unbind(1):
+                    grads = _unit_gradients(outputs, uses, sample, which.shape[1])
+                    sums.add_drawn(uses, grads, sample, n_outputs)
+                continue
+            for output in range(n_outputs):
+                sums.at_output(output, n_outputs)
+                everyone = torch.full((len(outputs),), output, device=outputs.device)
+                sums.add_gradients(uses, _unit_gradients(outputs, uses, everyone, n_outputs))
 
     def add_borrowed(self, batches: Iterable[Batch], sums: BorrowedSums) -> None:
         """For each batch: forward, then whatever another library does with it."""
@@ -183,3 +206,14 @@ class DataPass:
             threshold=self._threshold,
             trace=self._trace,
         )
+
+
+def _unit_gradients(
+    outputs: Tensor, uses: Sequence[Use], which: Tensor, n_samples: int
+) -> list[Tensor | None]:
+    """Gradients of one output of each datum, scaled as one of so many that stand for all."""
+    column = torch.zeros_like(outputs.detach()).flatten(1)
+    column[torch.arange(len(which), device=which.device), which] = (
+        column.shape[1] / n_samples
+    ) ** 0.5
+    return backpropagate(outputs, uses, column.reshape(outputs.shape))

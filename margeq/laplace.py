@@ -23,8 +23,10 @@ from margeq.curvature.eigen import eigen_bases as _eigen_bases
 from margeq.curvature.forms import BlockEigenvalues, Eigenvalues
 from margeq.curvature.full import FullEigenvalues
 from margeq.curvature.options import EvidenceFlavour
+from margeq.curvature.outputs import OutputEigenvalues, OutputFullEigenvalues
 from margeq.errors import ConfigError
 from margeq.likelihoods import Likelihood
+from margeq.output_scales import of_scaled_outputs
 from margeq.parameters import requiring_grad
 from margeq.priors import GaussianPrior
 
@@ -39,9 +41,11 @@ __all__ = [
     "evidence",
     "hyper_gradient",
     "log_marginal_likelihood",
+    "of_scaled_outputs",
 ]
 
-_EIGENVALUES = {kind.__name__: kind for kind in (BlockEigenvalues, FullEigenvalues)}
+_KINDS = (BlockEigenvalues, FullEigenvalues, OutputEigenvalues, OutputFullEigenvalues)
+_EIGENVALUES = {kind.__name__: kind for kind in _KINDS}
 
 
 @dataclass(frozen=True)
@@ -179,6 +183,7 @@ def evidence(spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood) -
         ConfigError: if prior, likelihood and spectrum are not about the same model.
     """
     _require_same_subject(spectrum, prior, likelihood)
+    spectrum, likelihood = of_scaled_outputs(spectrum, likelihood)
     fit_term = likelihood.log_likelihood(spectrum.fit, spectrum.n_data)
     log_scale = likelihood.curvature_scale.log().to(spectrum.fit.device)
     log_precisions = _log_precisions(spectrum, prior)
@@ -194,7 +199,7 @@ def log_marginal_likelihood(
 ) -> Tensor:
     """Laplace log marginal likelihood in nats, total over the data; larger is better.
 
-    Differentiable in ``prior.log_prior_precision`` and in the likelihood's noise.
+    Differentiable in ``prior.log_prior_precision`` and in the likelihood's noise or noises.
 
     Args:
         state: from :func:`accumulate`, or its decomposition.
@@ -221,6 +226,7 @@ def effective_parameters(
     Returns:
         Weight name -> ``gamma``.
     """
+    spectrum, likelihood = of_scaled_outputs(spectrum, likelihood)
     log_scale = likelihood.curvature_scale.log().to(spectrum.fit.device)
     return spectrum.eigenvalues.effective(_log_precisions(spectrum, prior), log_scale)
 

@@ -165,6 +165,7 @@ def log_det_one_plus(rows: Tensor) -> Tensor:
     Returns:
         A scalar, differentiable in the rows.
     """
+    rows = rows if rows.shape[1] <= rows.shape[0] else rows.mT  # the same determinant
     products = rows.mT @ rows
     if _is_well_scaled(products):
         return 2.0 * _cholesky_one_plus(products).diagonal().log().sum()
@@ -179,8 +180,8 @@ def whitened(rows: Tensor) -> Tensor:
     Returns:
         ``[P, r]``; the sum of all squares is the trace of ``F^T F (I + F^T F)^-1``.
     """
-    products = rows.mT @ rows
-    if _is_well_scaled(products):
+    products = rows.mT @ rows if rows.shape[1] <= rows.shape[0] else None
+    if products is not None and _is_well_scaled(products):
         lower = _cholesky_one_plus(products)
         return torch.linalg.solve_triangular(lower, rows.mT, upper=False).mT
     left, values, _ = torch.linalg.svd(rows, full_matrices=False)

@@ -98,7 +98,8 @@ def optimize_marglik(
             wraps it, such as DistributedDataParallel, is left out.
         train_loader: re-iterable batches ``(inputs, targets)``; of several ranks each has its
             share, see :func:`margeq.distributed.shard`, which may be empty.
-        likelihood: ``"classification"``, ``"regression"``, or a likelihood object (copied).
+        likelihood: ``"classification"``, ``"regression"`` (one noise), ``"regression-per-output"``
+            (a noise per output), or a likelihood object (copied).
         prior: structure of the precisions, ``"layerwise"``, ``"tied"`` (one precision for the
             factors of a product, as in factored and separable layers), ``"scalar"``,
             ``"pathwise"`` or a mapping, or a :class:`margeq.GaussianPrior` (copied).
@@ -125,8 +126,8 @@ def optimize_marglik(
             (one random column on a tenth of the batches), ``"closed-form"`` (lengthscales at
             fixed filters), ``"auto"`` (closed form where it exists, sketched elsewhere), or a
             :class:`margeq.adjoint.Revisit`.
-        parameters: ``"all"``, or names of the weights to integrate out; others are trained
-            without prior.
+        parameters: ``"all"``, ``"last_layer"``, or names of weights or modules to integrate out;
+            others are trained without prior.
         curvature: ``"kfac"``, ``"ekfac"``, ``"diag"``, ``"full"``, or
             :class:`margeq.curvature.options.KfacOptions` for all details (it then replaces
             ``hessian_root``, ``mc_samples`` and ``kfac_approx``). With ``hessian_root="exact"``

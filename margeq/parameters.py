@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from margeq.errors import ConfigError, UnsupportedLayerError
 
 __all__ = [
+    "LAST_LAYER",
+    "LastLayer",
     "log_hyperprior",
     "matches",
     "named_hyperparameters",
@@ -21,8 +24,18 @@ __all__ = [
     "unwrapped",
 ]
 
+_MOST_LISTED = 12
 _WRAPPERS = ("torch.nn.parallel.distributed", "torch.nn.parallel.data_parallel", "lightning.fabric")
 """Modules of the classes that hold another module as ``module`` and compute the same."""
+
+
+LAST_LAYER = "last_layer"
+
+
+class LastLayer(tuple[str, ...]):
+    """Names of the weights of the last layer, see :func:`margeq.last_layer`."""
+
+    __slots__ = ()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -109,13 +122,14 @@ def named_weights(
     Args:
         model: any module tree, also wrapped by DistributedDataParallel.
         parameters: ``"all"``, or names of parameters or modules to keep; the rest stays at its
-            point estimate and has no prior.
+            point estimate and has no prior. What reads data, such as
+            :func:`margeq.optimize_marglik`, also takes ``"last_layer"``.
 
     Returns:
         Name -> parameter, in the order of ``model.named_parameters()``.
 
     Raises:
-        ConfigError: if an entry of ``parameters`` names nothing in the model.
+        ConfigError: if an entry of ``parameters`` names nothing that is trained, or there is none.
         UnsupportedLayerError: if two different parameters share one storage.
     """
     hyperparameters = {id(p) for p in named_hyperparameters(model).values()}
@@ -131,16 +145,43 @@ def named_weights(
             )
     _refuse_shared_storage(trainable)
     if isinstance(parameters, str):
-        if parameters != "all":
-            raise ConfigError(f"parameters={parameters!r}: use 'all' or a sequence of names")
-        return trainable
+        if parameters == "all":
+            return trainable
+        raise ConfigError(
+            f"parameters={parameters!r}: use 'all', 'last_layer' or a sequence of names"
+            + (
+                "; which layer is the last one, only data tell: use "
+                "margeq.last_layer(model, inputs)"
+                if parameters == LAST_LAYER
+                else f", such as [{parameters!r}]"
+            )
+        )
+    if not parameters:
+        raise ConfigError("parameters is empty; name weights or modules, or use 'all'")
     for entry in parameters:
         if not any(matches(name, [entry]) for name in trainable):
-            raise ConfigError(
-                f"parameters: no trainable tensor is called, or lies below, {entry!r}; "
-                f"the model has {', '.join(trainable) or 'none'}"
-            )
+            raise ConfigError(_unknown(model, entry, trainable, hyperparameters))
     return {name: p for name, p in trainable.items() if matches(name, parameters)}
+
+
+def _unknown(
+    model: nn.Module, entry: str, trainable: Mapping[str, nn.Parameter], hyperparameters: set[int]
+) -> str:
+    """Why an entry names no weight, and what was perhaps meant."""
+    said = f"parameters: no trainable tensor is called, or lies below, {entry!r}"
+    named = dict(unwrapped(model).named_parameters())
+    hits = [name for name in named if matches(name, [str(entry)])]
+    if hits and all(id(named[name]) in hyperparameters for name in hits):
+        return f"{said}: it is a hyperparameter, which the evidence moves; leave it out"
+    if hits:
+        return f"{said}: it is frozen; unfreeze it with requires_grad_(True), or leave it out"
+    modules = {name[:end] for name in trainable for end, c in enumerate(name) if c == "."}
+    near = get_close_matches(str(entry), sorted({*trainable, *modules}), n=3)
+    if near:
+        return f"{said}; did you mean {' or '.join(map(repr, near))}?"
+    listed = ", ".join(list(trainable)[:_MOST_LISTED]) or "none"
+    more = f" and {len(trainable) - _MOST_LISTED} more" if len(trainable) > _MOST_LISTED else ""
+    return f"{said}; the model has {listed}{more}"
 
 
 def require_one_device(model: nn.Module) -> None:

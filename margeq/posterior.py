@@ -20,6 +20,7 @@ from margeq.accumulation import CurvatureState
 from margeq.curvature.spectral import SpectralBlock, spectral_blocks
 from margeq.errors import ConfigError
 from margeq.likelihoods import Likelihood
+from margeq.output_scales import of_scaled_outputs
 from margeq.parameters import named_weights, unwrapped
 from margeq.predictive import LinearisedOutputs
 from margeq.priors import GaussianPrior
@@ -56,6 +57,7 @@ class Posterior:
             NonFiniteError: if a factor is NaN or infinite.
             NotPSDError: if a decomposition fails for good.
         """
+        state, likelihood = of_scaled_outputs(state, likelihood)
         blocks = spectral_blocks(state.curvature)
         if blocks.keys() != prior.groups.keys():
             differing = sorted(blocks.keys() ^ prior.groups.keys())

@@ -23,7 +23,9 @@ from margeq.curvature.forms import BlockCurvature, Curvature
 from margeq.curvature.fourier import GroupCirculant
 from margeq.curvature.full import FullCurvature
 from margeq.curvature.kron import BlockKron
+from margeq.curvature.outputs import OutputCurvature
 from margeq.errors import DataError, DistributedMismatchError
+from margeq.linalg import accumulation_dtype
 from margeq.state import CurvatureState
 
 __all__ = ["reduce_state"]
@@ -72,7 +74,8 @@ def reduce_state(state: CurvatureState, comm: Comm) -> CurvatureState:
 
 def _note(state: CurvatureState) -> dict[str, Any]:
     """What a state is about, as numbers and texts."""
-    blocks = state.curvature.blocks if isinstance(state.curvature, BlockCurvature) else {}
+    base, parts = _split(state.curvature)
+    blocks = base.blocks if isinstance(base, BlockCurvature) else {}
     return {
         "flavour": asdict(state.flavour),
         "kind": type(state.curvature).__name__,
@@ -85,6 +88,7 @@ def _note(state: CurvatureState) -> dict[str, Any]:
         "captured_trace": state.captured_trace,
         "fit": list(state.fit.shape),
         "blocks": {name: _form(block).as_note() for name, block in blocks.items()},
+        "parts": {name: list(part.shape) for name, part in parts.items()},
     }
 
 
@@ -129,12 +133,23 @@ def _symmetry_note(symmetry: GroupCirculant) -> dict[str, Any]:
     return {key: v.tolist() if isinstance(v, Tensor) else v for key, v in plain.items()}
 
 
+def _split(curvature: Curvature) -> tuple[Curvature, Mapping[str, Tensor]]:
+    """Sums over all outputs, and those that are kept for each."""
+    if isinstance(curvature, OutputCurvature):
+        return curvature.base, curvature.parts
+    return curvature, {}
+
+
 def _require_addable(notes: Sequence[Mapping[str, Any]]) -> None:
     for field in ("flavour", "kind", "square_norms", "log_hyperprior"):
         _require_same(field, [note[field] for note in notes], range(len(notes)))
     ranks = [rank for rank, note in enumerate(notes) if note["n_data"]]
     for field in ("threshold", "fit"):
         _require_same(field, [notes[rank][field] for rank in ranks], ranks)
+    for name in _names_of_parts(notes):
+        seen = [rank for rank, note in enumerate(notes) if name in note["parts"]]
+        values = [notes[rank]["parts"][name] for rank in seen]
+        _require_same(f"shape per output of the curvature of {name!r}", values, seen)
     for name in notes[0]["blocks"]:
         seen = [rank for rank, note in enumerate(notes) if not note["blocks"][name]["is_empty"]]
         for field in ("kind", "shapes", "layout"):
@@ -174,10 +189,25 @@ def _telling(one: Any, other: Any) -> tuple[Any, Any]:
     return one, other
 
 
+def _names_of_parts(notes: Sequence[Mapping[str, Any]]) -> list[str]:
+    return sorted({name for note in notes for name in note["parts"]})
+
+
 # --- blocks without data take the shape that others have
 
 
 def _like_others(curvature: Curvature, used: Sequence[Mapping[str, Any]]) -> Curvature:
+    if isinstance(curvature, OutputCurvature):
+        shapes = {name: note["parts"][name] for note in used for name in note["parts"]}
+        device = next(iter(_sums_of(curvature.base).values())).device
+        zeros = {
+            name: torch.zeros(shapes[name], dtype=accumulation_dtype(device), device=device)
+            for name in _names_of_parts(used)
+        }
+        # a rank where no gradient reached a weight does not know how it is stored
+        telling = sorted(used, key=lambda note: -len(note["parts"]))
+        base = _like_others(curvature.base, telling)
+        return OutputCurvature(base, {n: curvature.parts.get(n, zeros[n]) for n in zeros})
     if not isinstance(curvature, BlockCurvature):
         return curvature
     blocks = {}
@@ -218,12 +248,13 @@ def _symmetry(note: dict[str, Any] | None, device: torch.device) -> GroupCircula
 
 def _tensors(state: CurvatureState, used: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     fit = state.fit if state.n_data else state.fit.new_zeros(used[0]["fit"])
-    if isinstance(state.curvature, FullCurvature):
-        return {"fit": fit, "matrix": state.curvature.matrix}
-    return {"fit": fit, **_block_tensors(state.curvature)}
+    base, parts = _split(state.curvature)
+    return {"fit": fit, **_sums_of(base), **{f"parts of {n}": part for n, part in parts.items()}}
 
 
-def _block_tensors(curvature: Curvature) -> dict[str, Tensor]:
+def _sums_of(curvature: Curvature) -> dict[str, Tensor]:
+    if isinstance(curvature, FullCurvature):
+        return {"matrix": curvature.matrix}
     blocks: Mapping[str, Any] = curvature.blocks if isinstance(curvature, BlockCurvature) else {}
     return {
         f"{name}/{field}": tensor
@@ -233,6 +264,9 @@ def _block_tensors(curvature: Curvature) -> dict[str, Tensor]:
 
 
 def _with_sums(curvature: Curvature, sums: Mapping[str, Tensor]) -> Curvature:
+    if isinstance(curvature, OutputCurvature):
+        parts = {name: sums[f"parts of {name}"] for name in curvature.parts}
+        return OutputCurvature(_with_sums(curvature.base, sums), parts)
     if isinstance(curvature, FullCurvature):
         return replace(curvature, matrix=sums["matrix"])
     assert isinstance(curvature, BlockCurvature)

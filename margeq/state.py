@@ -11,6 +11,7 @@ from margeq.curvature.addition import require_same
 from margeq.curvature.forms import BlockCurvature, Curvature
 from margeq.curvature.kron import BlockKron
 from margeq.curvature.options import EvidenceFlavour
+from margeq.curvature.outputs import OutputCurvature
 from margeq.errors import ConfigError
 
 __all__ = ["CurvatureState"]
@@ -95,8 +96,13 @@ class CurvatureState:
         """Kronecker factors per weight tensor.
 
         Raises:
-            ConfigError: for another flavour than ``"kfac"``.
+            ConfigError: for another flavour than ``"kfac"``, or sums that are kept per output.
         """
+        if isinstance(self.curvature, OutputCurvature):
+            raise ConfigError(
+                "the curvature is kept for each output, to be weighed by its noise; use "
+                "margeq.laplace.of_scaled_outputs(state, likelihood)[0].kron"
+            )
         blocks = self.curvature.blocks if isinstance(self.curvature, BlockCurvature) else {}
         krons = {name: block for name, block in blocks.items() if isinstance(block, BlockKron)}
         if krons.keys() != self.square_norms.keys():

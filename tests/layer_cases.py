@@ -339,12 +339,9 @@ LAYER_CASES = [
         outputs=partial(PlanarSubset, True, False, 0.9),
     ),
     on_samples(
-        "one-by-one",
-        2,
-        3,
-        inputs=Arc,
-        outputs=partial(Points, [0.3]),
-        kernel=1,
-        size=(2, 2),
+        "one-by-one", 2, 3, inputs=Arc, outputs=partial(Points, [0.3]), kernel=1, size=(2, 2)
     ),
+    LayerCase("PReLU", nn.PReLU, (4, 3, 2), (), linear=False),
+    LayerCase("PReLU-slopes", partial(nn.PReLU, 3), (4, 3, 2, 2), (), linear=False),
+    LayerCase("PReLU-vectors", partial(nn.PReLU, 3), (4, 3), (), linear=False),
 ]

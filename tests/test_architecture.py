@@ -41,6 +41,7 @@ LAYOUT = [
         "data_pass",
         "halving",
         "laplace",
+        "output_scales",
         "posterior",
         "predictive",
         "integrations",

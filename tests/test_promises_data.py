@@ -265,7 +265,8 @@ def small(*middle):
     ("middle", "name"),
     [
         (lambda: nn.GRU(6, 6), r"'1\.weight_ih_l0' of 1 \(GRU\)"),
-        (lambda: nn.PReLU(), r"'1\.weight' of 1 \(PReLU\)"),
+        (lambda: nn.Bilinear(6, 6, 6), r"'1\.weight' of 1 \(Bilinear\)"),
+        (lambda: nn.LSTM(6, 6), r"'1\.weight_ih_l0' of 1 \(LSTM\)"),
     ],
 )
 def test_layers_without_a_rule_leave_everything_unchanged(middle, name):

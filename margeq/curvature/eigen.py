@@ -193,6 +193,12 @@ class EigenSums:
             else:
                 self._moments[name] = squares.to(accumulation_dtype(squares.device), copy=True)
 
+    def take_gradients(self) -> dict[str, Tensor]:
+        """The moments so far, by weight; those to come are summed anew, in the same layout."""
+        taken = self._moments
+        self._moments = {name: torch.zeros_like(moments) for name, moments in taken.items()}
+        return taken
+
     def forget_gradients(self) -> None:
         """Begin anew."""
         self._moments = {}

@@ -255,6 +255,12 @@ class FactorSums:
                 sums[key] = sums[key] + values if key in sums else values
         return [(name, values) for (name, _), values in sums.items()]
 
+    def take_gradients(self) -> dict[str, Tensor]:
+        """The gradient covariances so far, by weight; those to come are summed anew."""
+        taken = {n: f.grad_cov for n, f in self._factors.items() if f.grad_cov is not None}
+        self.forget_gradients()
+        return taken
+
     def forget_gradients(self) -> None:
         """Begin anew with the gradient covariances."""
         for factors in self._factors.values():

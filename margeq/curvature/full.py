@@ -155,6 +155,11 @@ class FullSums:
                 part.copy_(in_order.flatten(1))
         self._matrix.addmm_(rows.mT, rows)
 
+    def take_gradients(self) -> dict[str, Tensor]:
+        """The matrix so far, of all weights together; that to come is summed anew."""
+        taken, self._matrix = self._matrix, torch.zeros_like(self._matrix)
+        return {"all weights": taken}
+
     def forget_gradients(self) -> None:
         """Begin anew."""
         self._matrix.zero_()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from margeq.errors import ConfigError, FlavourMismatchError
-from margeq.parameters import matches
+from margeq.parameters import LAST_LAYER, LastLayer, matches
 
 __all__ = ["EvidenceFlavour", "KfacOptions"]
 
@@ -199,9 +199,16 @@ class KfacOptions:
             kfac_approx=self._plain_approx(),
             bias_approx=self.bias_approx,
             position_fraction=self.position_fraction,
-            weights=parameters if isinstance(parameters, str) else repr(sorted(parameters)),
+            weights=_weights(parameters),
             temperature=temperature,
         )
+
+
+def _weights(parameters: str | Sequence[str]) -> str:
+    """One text per selection of weights; last layers compare from model to model."""
+    if isinstance(parameters, LastLayer):
+        return LAST_LAYER
+    return parameters if isinstance(parameters, str) else repr(sorted(parameters))
 
 
 def _looked_up(tensor: str, named: Mapping[str, str]) -> str:

@@ -19,9 +19,11 @@ __all__ = [
     "MonteCarloGaussianRoot",
     "MonteCarloSoftmaxRoot",
     "Root",
+    "ScaledRoot",
     "SketchedRoot",
     "SoftmaxRoot",
     "TraceHistogram",
+    "drawn_outputs",
 ]
 
 _MC_STREAM = 1
@@ -159,6 +161,31 @@ class MonteCarloGaussianRoot:
         return self._columns[data, which].to(self._dtype)
 
 
+class ScaledRoot:
+    """Root ``diag(s) S`` of outputs that are measured in other units, from another root ``S``.
+
+    Args:
+        root: any.
+        scales: ``s``, one per output.
+    """
+
+    def __init__(self, root: Root, scales: Tensor) -> None:
+        self._root, self._scales = root, scales
+        self.n_columns = root.n_columns
+
+    def square_norms(self) -> Tensor:
+        """Squared norm of each column, ``[n, v]``."""
+        norms = self._root.square_norms()
+        everyone = torch.arange(len(norms), device=norms.device)
+        columns = [self.columns(everyone, everyone * 0 + v) for v in range(self.n_columns)]
+        return torch.stack([column.double().square().sum(-1) for column in columns], -1)
+
+    def columns(self, data: Tensor, which: Tensor) -> Tensor:
+        """Column ``which[m]`` of datum ``data[m]``, ``[m, K]``."""
+        columns = self._root.columns(data, which)
+        return columns * self._scales.to(columns)
+
+
 class SketchedRoot:
     """Unbiased root ``S z / sqrt(M)`` with random signs ``z``, from another root ``S``.
 
@@ -194,6 +221,19 @@ class SketchedRoot:
             total = column if total is None else total + column
         assert total is not None
         return total
+
+
+def drawn_outputs(keys: Tensor, n_outputs: int, n_samples: int) -> Tensor:
+    """Outputs that a datum stands for, ``[n, M]``, each one as likely, drawn by sample content.
+
+    Times ``(K / M)^1/2`` their unit vectors are an unbiased root of the identity, whose columns
+    belong to one output each.
+
+    Returns:
+        Numbers of outputs.
+    """
+    draws = uniforms(keys, _MC_STREAM, n_samples) * n_outputs
+    return draws.long().clamp_max(n_outputs - 1)
 
 
 class TraceHistogram:

@@ -16,6 +16,7 @@ from torch import nn
 
 from margeq.accumulation import accumulate_with
 from margeq.comm import current_comm
+from margeq.curvature.final_layer import chosen_parameters
 from margeq.curvature.options import KfacOptions
 from margeq.errors import ConfigError, DataWarning
 from margeq.laplace import CurvatureState, Spectrum
@@ -55,8 +56,8 @@ def to_laplace(
         A ``laplace.KronLaplace``, whose ``log_marginal_likelihood()`` is margeq's.
 
     Raises:
-        ConfigError: for ``curvature="full"``, a likelihood that laplace-torch does not have, or
-            weights that changed since ``expected``.
+        ConfigError: for ``curvature="full"``, a likelihood that laplace-torch does not have (a
+            noise per output among them), or weights that changed since ``expected``.
         DataError: for data that cannot be used.
     """
     options = KfacOptions() if options is None else options
@@ -70,6 +71,14 @@ def to_laplace(
             f"laplace-torch has no {type(likelihood).__name__}; it has classification and "
             f"regression with one noise for all outputs"
         )
+    if likelihood.weighs_outputs:
+        raise ConfigError(
+            "laplace-torch has one noise for all outputs, not one per output; use "
+            "margeq.posterior.Posterior.of(state, prior, likelihood), which has them, or train "
+            "with noise='shared' on targets in units of their noise"
+        )
+    if not isinstance(train_loader, CurvatureState):
+        parameters = chosen_parameters(model, parameters, train_loader, batch_fn, current_comm())
     if isinstance(train_loader, CurvatureState):
         state = train_loader
     else:

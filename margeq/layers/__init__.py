@@ -5,6 +5,7 @@ from margeq.layers import convolution as _convolution  # registers the rules of 
 from margeq.layers import datum_norm as _datum_norm  # Layer-, RMS-, Group- and InstanceNorm
 from margeq.layers import embedding as _embedding  # nn.Embedding
 from margeq.layers import normalisation as _normalisation  # those of nn.BatchNorm1d/2d/3d
+from margeq.layers import prelu as _prelu  # nn.PReLU
 from margeq.layers import transposed as _transposed  # nn.ConvTranspose1d/2d/3d
 from margeq.layers.dense import Linear2d
 from margeq.layers.equivariant import EquivariantLinear
@@ -89,6 +90,7 @@ __all__ = [
     "_datum_norm",
     "_embedding",
     "_normalisation",
+    "_prelu",
     "_transposed",
     "check_sizes",
     "expand_to",

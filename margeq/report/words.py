@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
-__all__ = ["Light", "evidence_sentence", "kept_start", "lights", "sentences", "tiedness_sentences"]
+__all__ = [
+    "Light",
+    "evidence_sentence",
+    "kept_start",
+    "lights",
+    "noise_line",
+    "sentences",
+    "tiedness_sentences",
+]
 
+_MOST_NOISES = 8
 FINE, CAREFUL, BAD, UNKNOWN = "fine", "take care", "problem", "unknown"
 
 
@@ -167,7 +177,26 @@ def evidence_sentence(plain: Mapping[str, Any]) -> str:
         f"an Occam term of {occam / n_data:.3f}{penalty}. More weights can only improve the fit; "
         f"each one that the data determine costs in the Occam term. A path stays only if it "
         f"improves the fit by more than it costs: that is why no validation set is needed."
+        f"{_noise_sentence(plain)}"
     )
+
+
+def _noise_sentence(plain: Mapping[str, Any]) -> str:
+    line = noise_line(plain)
+    return f" Noise of the targets: {line}." if line else ""
+
+
+def noise_line(plain: Mapping[str, Any]) -> str:
+    """The noise of the targets, one or one per output; empty for classification."""
+    noise = plain.get("likelihood", {}).get("sigma_noise")
+    if noise is None:
+        return ""
+    if not isinstance(noise, list):
+        return f"{noise:.3g}"
+    if len(noise) <= _MOST_NOISES:
+        return f"{', '.join(f'{value:.3g}' for value in noise)} (one per output)"
+    low, middle, high = min(noise), median(noise), max(noise)
+    return f"{low:.3g} to {high:.3g}, median {middle:.3g} (one for each of {len(noise)} outputs)"
 
 
 def tiedness_sentences(plain: Mapping[str, Any]) -> list[str]:

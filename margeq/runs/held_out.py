@@ -20,14 +20,16 @@ def held_out_score(task: Task, likelihood: str) -> dict[str, float] | None:
 
     Args:
         task: with its trained model.
-        likelihood: ``"classification"`` or ``"regression"``.
+        likelihood: ``"classification"``, or one of regression.
 
     Returns:
         The score by its name; ``None`` if nothing is held out.
     """
     if task.held_out is None:
         return None
-    return {"rmse": _rmse(task)} if likelihood == "regression" else {"accuracy": accuracy(task)}
+    if likelihood == "classification":
+        return {"accuracy": accuracy(task)}
+    return {"rmse": _rmse(task)}
 
 
 def accuracy(task: Task) -> float:

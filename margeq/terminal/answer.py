@@ -11,6 +11,7 @@ from rich.console import Console
 from margeq.effective_dim import EffectiveDimension, PathRow
 from margeq.report.table import symmetry_table
 from margeq.report.text import as_text
+from margeq.report.words import noise_line
 from margeq.runs.verdicts import verdicts
 
 __all__ = ["show_answer"]
@@ -36,6 +37,8 @@ def show_answer(
     _say(console, "gates", table["subset_lines"])
     tries = "   ".join(_try(restart, plain["n_data"]) for restart in plain["restarts"])
     _say(console, "evidence", [f"log marginal likelihood per datum: {tries}"])
+    noise = noise_line(plain)
+    _say(console, "noise", [noise] if noise else [])
     d = plain["diagnostics"]
     slope = "unknown" if d["slope"] is None else f"{d['slope']:.2g}"
     captured = "unknown" if d["captured_trace"] is None else f"{d['captured_trace']:.2%}"

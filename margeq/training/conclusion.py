@@ -88,7 +88,7 @@ def _diagnostics(problem: Problem, outcomes: Sequence[Outcome], kept: Outcome) -
     finished = [o.log_marginal_likelihood for o in outcomes if o.error is None]
     at_bounds = kept.prior.at_bounds()
     _, grads = hyper_gradient(kept.spectrum, kept.prior, kept.likelihood)
-    free = [float(g) for name, g in grads.items() if name not in at_bounds]
+    free = [v for n, g in grads.items() if n not in at_bounds for v in g.flatten().tolist()]
     captured = next(u.captured_trace for u in kept.history.updates if u.epoch == kept.epoch)
     return Diagnostics(
         slope=kept.history.slope(kept.spectrum.n_data),

@@ -38,7 +38,8 @@ class Update:
         prior_precision: per group.
         effective: effective parameters per tensor.
         function_share: layer -> path -> share of function variance.
-        sigma_noise: noise standard deviation, ``None`` for classification.
+        sigma_noise: noise standard deviation, one per output if there are several, ``None`` for
+            classification.
         captured_trace: share of the output Hessian's trace that the root kept.
         clamped: eigenvalues that had to be set to zero.
         seconds: wall time of curvature pass and hyperparameter steps.
@@ -52,7 +53,7 @@ class Update:
     prior_precision: dict[str, float]
     effective: dict[str, float]
     function_share: dict[str, dict[str, float]]
-    sigma_noise: float | None
+    sigma_noise: float | list[float] | None
     captured_trace: float
     clamped: int
     seconds: float

@@ -23,6 +23,7 @@ from margeq.curvature.capture import eval_mode, forward
 from margeq.curvature.options import KfacOptions
 from margeq.errors import ConfigError, NonFiniteError
 from margeq.likelihoods import Likelihood
+from margeq.output_scales import of_scaled_outputs
 from margeq.parameters import named_hyperparameters, requiring_grad
 from margeq.paths import idle_parameters
 from margeq.priors import GaussianPrior
@@ -231,6 +232,7 @@ class NetworkSteps:
         Raises:
             NonFiniteError: naming a hyperparameter whose gradient is not finite.
         """
+        state, likelihood = of_scaled_outputs(state, likelihood)
         # first, since these steps take the state along: it stays that of the model
         for candidate in self._fixed:
             if state.kron[candidate.weight].n_shared > 0:  # not in a path that is off

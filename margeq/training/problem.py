@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from margeq.accumulation import InputCovCache, weights_with_rules
+from margeq.accumulation import InputCovCache, require_room, weights_with_rules
 from margeq.adjoint import Revisit
 from margeq.batches import Batch, read_batches
 from margeq.comm import Comm, together
 from margeq.curvature.bare import refuse_bare
 from margeq.curvature.capture import eval_mode, forward
 from margeq.curvature.explained import check_rules
+from margeq.curvature.final_layer import chosen_parameters
 from margeq.curvature.options import KfacOptions
 from margeq.curvature.sampling import checksum, sample_keys, tensors_of
 from margeq.errors import ConfigError, DataError, DataWarning
@@ -123,6 +124,8 @@ def first_look(
         require_finite(hyperparameters)
         if comm.size > 1:
             refuse_what_ranks_cannot_share(model, train_loader, marglik_loader)
+    parameters = chosen_parameters(model, parameters, train_loader, batch_fn, comm)
+    with together(comm):
         weights = weights_with_rules(model, parameters, options)
         if hyperparameters and schedule.hyper_solver != "fixed":
             refuse_bare(model, weights)
@@ -134,7 +137,11 @@ def first_look(
     with together(comm):
         _warn_unseen(train_loader, own_data, n_data)
         with all_paths_on(model):
+            if likelihood.weighs_outputs:
+                with eval_mode(model), torch.no_grad():
+                    likelihood.settle(forward(model, first_inputs))
             check_rules(model, weights, first_inputs)
+            require_room(model, weights, first_inputs, likelihood, options)
             require_influence(model, hyperparameters, first_inputs)
             scale = function_scale(model, weights, first_inputs)
         built, by_function = _prior(model, weights, prior, prior_prec_init, parameters)

@@ -199,7 +199,7 @@ class MargLikResult:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: everything but the tensors of the model, of which a few pictures."""
         table = self.effective_dimension()
-        noise = {name: float(value.exp()) for name, value in _noise(self.likelihood).items()}
+        noise = {name: value.exp().tolist() for name, value in _noise(self.likelihood).items()}
         return {
             "log_marginal_likelihood": self.log_marginal_likelihood,
             "n_data": self.n_data,

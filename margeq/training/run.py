@@ -144,7 +144,7 @@ class Run:
             prior_precision={g: float(d) for g, d in self._prior.prior_precision.items()},
             effective={name: float(gamma) for name, gamma in gammas.items()},
             function_share=by_share,
-            sigma_noise=None if noise is None else float(noise),
+            sigma_noise=None if noise is None else noise.tolist(),
             captured_trace=state.captured_trace,
             clamped=spectrum.clamped,
             seconds=self._p.comm.gather(time.perf_counter() - began)[0],

@@ -35,7 +35,10 @@ def described(value: Any) -> Any:
         return {"groups": dict(value.groups), **described(value.state_dict())}
     if isinstance(value, Likelihood):
         name, temperature = type(value).__name__, value.temperature
-        return {"name": name, "temperature": temperature, **described(value.state_dict())}
+        # only where it says something: checkpoints of earlier versions have no such entry
+        further = {"noise": "per-output"} if value.weighs_outputs else {}
+        state = described(value.state_dict())
+        return {"name": name, "temperature": temperature, **further, **state}
     if isinstance(value, Mapping):
         return {str(key): described(inner) for key, inner in value.items()}
     if is_dataclass(value) and not isinstance(value, type):

@@ -11,18 +11,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from margeq.errors import ConfigError, CurvatureError, NumericalWarning
 from margeq.laplace import Spectrum, effective_parameters, evidence, hyper_gradient
 from margeq.likelihoods import Gaussian, Likelihood
+from margeq.parameters import requiring_grad
 from margeq.priors import GaussianPrior
 
 __all__ = ["HyperSolver", "hyper_solver", "mackay_step"]
 
 _LOG_NOISE_RANGE = 17.0
+_NOISE = "log_sigma_noise"
 _REJECTIONS = 6
 _TOLERATED_FALL = 0.01
+_COSTLY_STEPS = 20
 _SMALLEST_FRACTION = 1e-6
 
 
@@ -49,6 +52,8 @@ class HyperSolver(ABC):
 class MacKay(HyperSolver):
     """Fixed point ``delta = gamma / |theta|^2``, ``sigma^2 = SSE / (N K - T gamma)``.
 
+    With a noise per output ``sigma_c^2 = SSE_c / (N - T gamma_c)``, where ``gamma_c`` is what
+    output ``c`` contributes to the effective parameters, ``-1/2 d log det / d log sigma_c``.
     A precision of several tensors has their ``gamma``, and their norms relative to their offsets.
 
     Args:
@@ -64,10 +69,15 @@ class MacKay(HyperSolver):
             mackay_step(spectrum, prior, likelihood)
 
     def converge(self, spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood) -> None:
-        """Iterate until log precisions move by less than 1e-6."""
-        for _ in range(1000):
+        """Iterate until logarithms move by less than 1e-6.
+
+        With a noise per output each step decomposes factors anew, so that L-BFGS takes over soon.
+        """
+        for _ in range(_COSTLY_STEPS if likelihood.weighs_outputs else 1000):
             if mackay_step(spectrum, prior, likelihood) < 1e-6:
                 return
+        if likelihood.weighs_outputs:
+            Lbfgs().converge(spectrum, prior, likelihood)
 
 
 class AdamSolver(HyperSolver):
@@ -150,7 +160,8 @@ class AdamSolver(HyperSolver):
         with torch.no_grad():
             values = list(_read(prior, likelihood).values())
             vector.copy_(torch.tensor(values, dtype=vector.dtype))
-        vector.grad = -torch.tensor([float(grads[name]) for name in names], dtype=vector.dtype)
+        flat = _scalars(grads)
+        vector.grad = -torch.tensor([flat[name] for name in names], dtype=vector.dtype)
         adam.param_groups[0]["lr"] = self._lr
         adam.step()
         _write(dict(zip(names, vector.tolist(), strict=True)), prior, likelihood)
@@ -195,7 +206,8 @@ class Lbfgs(HyperSolver):
         def negative(values: np.ndarray) -> tuple[float, np.ndarray]:
             _write(dict(zip(names, values, strict=True)), prior, likelihood)
             value, grads = hyper_gradient(spectrum, prior, likelihood)
-            return -value, -np.array([float(grads[name]) for name in names])
+            flat = _scalars(grads)
+            return -value, -np.array([flat[name] for name in names])
 
         bounds = [
             prior.bounds(name)
@@ -254,34 +266,58 @@ def _fixed_point(
             ratio = math.log(gamma / square_norm) if gamma > 0 else low
             target[group] = min(max(ratio, low), high)
     if isinstance(likelihood, Gaussian):
-        total = sum(float(gamma) for gamma in gammas.values())
-        target["log_sigma_noise"] = _noise_target(spectrum, likelihood, total)
+        if likelihood.log_sigma_noise.ndim:
+            found = _noise_targets(spectrum, prior, likelihood)
+        else:
+            total = sum(float(gamma) for gamma in gammas.values())
+            n_targets, squares = spectrum.n_data * spectrum.fit.numel(), float(spectrum.fit.sum())
+            before = float(likelihood.log_sigma_noise)
+            found = [_noise_target(squares, n_targets - likelihood.temperature * total, before)]
+        target.update(zip(_scalars({_NOISE: likelihood.log_sigma_noise}), found, strict=True))
     return target
 
 
-def _noise_target(spectrum: Spectrum, likelihood: Gaussian, gamma: float) -> float:
-    free = spectrum.n_data * spectrum.fit.numel() - likelihood.temperature * gamma
+def _noise_targets(spectrum: Spectrum, prior: GaussianPrior, likelihood: Gaussian) -> list[float]:
+    """The noise of each output."""
+    leaf = likelihood.log_sigma_noise
+    with requiring_grad([leaf]), torch.enable_grad():
+        log_determinant = evidence(spectrum, prior, likelihood).log_determinant
+        (slopes,) = torch.autograd.grad(log_determinant, leaf)
+    free = spectrum.n_data + 0.5 * likelihood.temperature * slopes
+    pairs = zip(spectrum.fit.tolist(), free.tolist(), leaf.tolist(), strict=True)
+    return [_noise_target(*pair) for pair in pairs]
+
+
+def _noise_target(squares: float, free: float, before: float) -> float:
     if free <= 0:
         # more effective parameters than observations: the evidence asks for more noise
-        return float(likelihood.log_sigma_noise) + 1.0
-    squares = max(float(spectrum.fit.sum()), 1e-300)
-    return 0.5 * math.log(squares / free)
+        return before + 1.0
+    return 0.5 * math.log(max(squares, 1e-300) / free)
 
 
-def _set_noise(likelihood: Gaussian, log_sigma: float) -> None:
-    clamped = min(max(log_sigma, -_LOG_NOISE_RANGE), _LOG_NOISE_RANGE)
-    likelihood.log_sigma_noise = torch.tensor(clamped, dtype=torch.float64)
+def _scalars(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """Numbers by name; those of a vector by name and place."""
+    found: dict[str, float] = {}
+    for name, tensor in tensors.items():
+        values = tensor.detach().flatten().tolist()
+        places = [name] if tensor.ndim == 0 else [f"{name}[{i}]" for i in range(len(values))]
+        found.update(zip(places, values, strict=True))
+    return found
 
 
 def _read(prior: GaussianPrior, likelihood: Likelihood) -> dict[str, float]:
-    leaves = {**prior.log_prior_precision, **likelihood.hyperparameters}
-    return {name: float(value) for name, value in leaves.items()}
+    return _scalars({**prior.log_prior_precision, **likelihood.hyperparameters})
 
 
 def _write(values: dict[str, float], prior: GaussianPrior, likelihood: Likelihood) -> None:
     prior.assign({name: v for name, v in values.items() if name in prior.log_prior_precision})
     if isinstance(likelihood, Gaussian):
-        _set_noise(likelihood, values["log_sigma_noise"])
+        before = likelihood.log_sigma_noise
+        named = [values[name] for name in _scalars({_NOISE: before})]
+        clamped = torch.tensor(named, dtype=torch.float64).clamp(
+            -_LOG_NOISE_RANGE, _LOG_NOISE_RANGE
+        )
+        likelihood.log_sigma_noise = clamped.reshape(before.shape)
 
 
 def hyper_solver(name: str, steps: int, lr: float) -> HyperSolver:
