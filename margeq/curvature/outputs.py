@@ -82,11 +82,7 @@ class OutputSums:
             self._parts[name][self._output] += part
 
     def add_drawn(
-        self,
-        uses: Sequence[Use],
-        grads: Sequence[Tensor | None],
-        which: Tensor,
-        n_outputs: int,
+        self, uses: Sequence[Use], grads: Sequence[Tensor | None], which: Tensor, n_outputs: int
     ) -> None:
         """Add a column in which each datum stands for one output.
 
@@ -200,7 +196,7 @@ class OutputCurvature(Curvature):
         clamped = 0
         for name, block in self.base.blocks.items():
             part = self.parts.get(name)
-            if part is None or block_is_empty(block):
+            if part is None or (isinstance(block, BlockKron) and block.is_empty):
                 logs, repaired = block.log_eigenvalues(name)
                 fixed[name] = logs.flatten()
             elif isinstance(block, BlockKron):
@@ -222,11 +218,6 @@ class OutputCurvature(Curvature):
             factors.append(found.factor)
             clamped += found.clamped
         return OutputFullEigenvalues(factors, dict(base.sizes), clamped)
-
-
-def block_is_empty(block: Any) -> bool:
-    """Whether no datum has reached a weight, as far as its input factors tell."""
-    return isinstance(block, BlockKron) and block.is_empty
 
 
 def _mixed(part: Tensor | None, weights: Tensor, like: Tensor) -> Tensor:
