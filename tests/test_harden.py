@@ -605,7 +605,9 @@ def test_onnx(name, tmp_path):
     torch.onnx.export(margeq.harden(model), (x,), file, dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    assert float((torch.from_numpy(y) - model(x)).detach().abs().max()) < 1e-4
+    expected = model(x).detach()
+    gap = float((torch.from_numpy(y) - expected).abs().max())
+    assert gap <= 1e-5 * max(1.0, float(expected.abs().max()))
 
 
 # -- costs -----------------------------------------------------------------------------------------
