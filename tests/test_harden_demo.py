@@ -1,4 +1,4 @@
-"""Trained networks, hardened, saved and read without margeq; and the figures that the page shows."""
+"""Trained networks, hardened, saved and read without margeq; and the figures on the page."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from margeq.batches import map_tensors
 from margeq.curvature.capture import (
     Use,
     backpropagate,
@@ -75,7 +75,7 @@ def check_data_axis(model: nn.Module, weights: Mapping[str, nn.Parameter], input
     n_data = len(tensors_of(inputs)[0])
     if n_data < 2:
         return
-    fewer = pytree.tree_map_only(Tensor, lambda t: t[:-1], inputs)
+    fewer = map_tensors(lambda t: t[:-1], inputs)
     with eval_mode(model), torch.no_grad(), record(model, weights) as uses:
         try:
             forward(model, fewer)
