@@ -573,12 +573,11 @@ def require_named(result: margeq.MargLikResult, relaxed: nn.Module, directory: P
     """Every layer with weights, norms too, stands in the table and on the page."""
     page = result.report(directory).read_text(encoding="utf-8")
     text = str(result.effective_dimension())
-    for name in {name.rpartition(".")[0] for name, _ in relaxed.named_parameters()}:
-        layer = name.partition(".paths.")[0]
+    weights = margeq.named_weights(relaxed)
+    for layer in {name.rpartition(".")[0].partition(".paths.")[0] for name in weights}:
         assert layer in text
         assert layer in page
-    tensors = {row.name for row in result.effective_dimension().tensors}
-    assert tensors == dict(relaxed.named_parameters()).keys()
+    assert {row.name for row in result.effective_dimension().tensors} == weights.keys()
 
 
 @pytest.mark.slow
