@@ -589,7 +589,7 @@ def require_named(result: margeq.MargLikResult, relaxed: nn.Module, directory: P
     ids=["resnet18", "vgg11", "ella"],
 )
 def test_training_of_full_widths(make, size, tmp_path):
-    """One to one and a half minutes each on one thread, and 2.5 GB."""
+    """Of one processor 86 s for ResNet-18, 57 s for VGG-11, less for ELLA; and 2.5 GB."""
     loader = a_loader(8, 3, size, size, n_classes=10)
     x = loader.dataset[0][0][None]
     model = make().eval()
