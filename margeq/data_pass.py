@@ -14,10 +14,9 @@ from margeq.curvature.capture import (
     Use,
     backpropagate,
     forward,
-    require_batch_axis,
     run_recorded,
 )
-from margeq.curvature.explained import check_calls
+from margeq.curvature.explained import check_calls, check_data_axis, require_batch_axis
 from margeq.curvature.forms import CurvatureSums
 from margeq.curvature.options import EvidenceFlavour, KfacOptions
 from margeq.curvature.outputs import OutputSums
@@ -73,7 +72,7 @@ class DataPass:
             keys = sample_keys(batch.inputs)
             outputs, uses = self._recorded(batch.inputs)
             self._add_data(batch, keys, outputs, uses)
-            self._check_first(outputs, uses)
+            self._check_first(batch.inputs, outputs, uses)
             draws = reseeded(keys, self._options.seed) if mc else None
             root = self._likelihood.root(outputs.detach(), draws, self._options.mc_samples)
             everyone = torch.arange(len(batch), device=outputs.device)
@@ -109,7 +108,7 @@ class DataPass:
             with torch.set_grad_enabled(self._unchecked):
                 outputs, uses = self._recorded(batch.inputs)
             self._add_data(batch, keys, outputs, uses)
-            self._check_first(outputs, uses)
+            self._check_first(batch.inputs, outputs, uses)
             sums.add_batch(batch)
 
     def survey(self, batches: Iterable[Batch]) -> None:
@@ -146,7 +145,7 @@ class DataPass:
     def _add_group(self, inputs: Any) -> None:
         """The kept columns of data that keep about equally many."""
         outputs, uses = self._recorded(inputs)
-        self._check_first(outputs, uses)
+        self._check_first(inputs, outputs, uses)
         root = self._likelihood.root(outputs.detach())
         order, counts = kept_columns(root, self._threshold)
         everyone = torch.arange(len(order), device=order.device)
@@ -154,9 +153,10 @@ class DataPass:
             column = root.columns(everyone, order[:, rank])
             self._add_column(outputs, uses, torch.where((counts > rank)[:, None], column, 0.0))
 
-    def _check_first(self, outputs: Tensor, uses: Sequence[Use]) -> None:
-        """Once: do the rules explain the gradients?"""
+    def _check_first(self, inputs: Any, outputs: Tensor, uses: Sequence[Use]) -> None:
+        """Once: do the rules explain the gradients, and of each datum?"""
         if self._unchecked:
+            check_data_axis(self._model, self._weights, inputs)
             check_calls(self._weights, outputs, uses)
             self._unchecked = False
 
@@ -168,9 +168,10 @@ class DataPass:
         require_batch_axis(uses, len(batch))
         targets = self._likelihood.check_targets(outputs, batch.targets)
         if not is_finite(outputs.detach()):
+            half = " or leave float16" if outputs.dtype == torch.float16 else ""
             raise NonFiniteError(
                 f"batch {batch.index}: the model's outputs are not finite; the weights have "
-                f"diverged, lower the learning rate"
+                f"diverged, lower the learning rate{half}"
             )
         fit = self._likelihood.fit(outputs.detach(), targets)
         fit = fit.to(accumulation_dtype(fit.device))

@@ -22,6 +22,7 @@ __all__ = [
     "FlavourMismatchError",
     "MargeqError",
     "MissingRuleError",
+    "ModelWarning",
     "NonFiniteError",
     "NotPSDError",
     "NumericalWarning",
@@ -115,6 +116,10 @@ class DeterminismWarning(UserWarning):
 
 class DataWarning(UserWarning):
     """Data are usable, but part of them is never seen."""
+
+
+class ModelWarning(UserWarning):
+    """The model can be trained, but hardly computes what was meant."""
 
 
 class EquivarianceWarning(UserWarning):

@@ -17,13 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from margeq.batches import map_tensors
-from margeq.curvature.capture import (
-    Use,
-    backpropagate,
-    eval_mode,
-    require_batch_axis,
-    run_recorded,
-)
+from margeq.curvature.capture import Use, backpropagate, eval_mode, run_recorded
+from margeq.curvature.explained import require_batch_axis
 from margeq.curvature.per_datum import Call, CallReader
 from margeq.curvature.sampling import tensors_of
 from margeq.curvature.spectral import SpectralBlock

@@ -16,6 +16,7 @@ from scipy.stats import multivariate_normal
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from margeq.curvature.forms import BlockEigenvalues, without_zeros
 from margeq.laplace import (
     accumulate,
     decompose,
@@ -302,3 +303,28 @@ def test_loss_is_the_tempered_density_of_torch(temperature):
     assert float(Categorical(temperature).loss(outputs, labels)) == pytest.approx(
         -float(density), rel=1e-12
     )
+
+
+def test_eigenvalues_that_are_zero_are_left_out():
+    """Five data know a part of 36 directions; the others add nothing at any precision."""
+    likelihood = Categorical()
+    model = nn.Sequential(nn.Linear(12, 3)).double()
+    state = accumulate(model, [data_for(model, likelihood, 5, 12)], likelihood)
+    spectrum, prior = decompose(state), GaussianPrior(model, prior_precision=2.0)
+    logs, _ = state.curvature.blocks["0.weight"].log_eigenvalues()
+    kept = spectrum.eigenvalues.logs["0.weight"]
+    assert logs.numel() == 36
+    assert kept.numel() == int((logs > -math.inf).sum()) <= 10
+    dense = state.curvature.blocks["0.weight"].to_dense() / 2.0
+    precision = {"0.weight": torch.tensor(2.0, dtype=F64).log()}
+    only = BlockEigenvalues({"0.weight": kept}, 0)
+    zero = torch.zeros((), dtype=F64)
+    eye = torch.eye(36, dtype=F64)
+    assert float(only.log_determinant(precision, zero)) == pytest.approx(
+        float(torch.logdet(eye + dense)), rel=1e-10
+    )
+    assert float(effective_parameters(spectrum, prior, likelihood)["0.weight"]) == pytest.approx(
+        float((dense @ torch.linalg.inv(eye + dense)).trace()), rel=1e-10
+    )
+    odd = torch.tensor([0.0, -math.inf, math.nan])
+    assert without_zeros(odd).isnan().tolist() == [False, True]  # a mistake is not swept away

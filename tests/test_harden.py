@@ -97,8 +97,8 @@ def test_factored_path_keeps_its_size():
     layer = FactoredLinear2d(3, 5, (4, 6), (2, 3))
     plain = margeq.harden(shaken(layer), example_input=torch.randn(2, 3, 4, 6))
     kinds = [type(module).__name__ for module in plain]
-    assert kinds == ["Flatten", "Conv1d", "ChannelShuffle", "Conv1d", "Flatten", "Unflatten"]
-    weights = [module.weight.numel() for module in plain if isinstance(module, nn.Conv1d)]
+    assert kinds == ["Factors", "Unflatten"]
+    weights = [part.weight.numel() for part in plain.modules() if isinstance(part, nn.Conv1d)]
     assert weights == [layer.weight_u.numel(), layer.weight_v.numel()]
     assert sum(p.numel() for p in plain.parameters()) == sum(weights) + 5 * 6  # one bias
 
@@ -605,7 +605,9 @@ def test_onnx(name, tmp_path):
     torch.onnx.export(margeq.harden(model), (x,), file, dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    assert float((torch.from_numpy(y) - model(x)).detach().abs().max()) < 1e-4
+    expected = model(x).detach()
+    gap = float((torch.from_numpy(y) - expected).abs().max())
+    assert gap <= 1e-5 * max(1.0, float(expected.abs().max()))
 
 
 # -- costs -----------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ LIST = TESTS.parent / "docs" / "promises.md"
 ITEMS = [
     *(f"R{n}" for n in range(1, 11)), *(f"K{n}" for n in range(1, 8)),
     *(f"S{n}" for n in range(1, 11)), *(f"D{n}" for n in range(1, 19)), "M1–M8",
-    *(f"M{n}" for n in range(9, 15)), *(f"N{n}" for n in range(1, 9)),
+    *(f"M{n}" for n in range(9, 17)), *(f"N{n}" for n in range(1, 9)),
     *(f"P{n}" for n in range(1, 11)), "Soak",
 ]  # fmt: skip
 

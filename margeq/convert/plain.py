@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from margeq.convert.plumbing import (
     BatchSubsampled,
+    DataLast,
     Gated,
     Lifted,
     OnElements,
@@ -83,19 +84,25 @@ def _two_factors(
     bias_u: Tensor | None,
     bias_v: Tensor | None,
 ) -> nn.Module:
-    """``U [D, C, X]`` for each input channel by itself, then ``V [Y, D, C]`` for each output's."""
+    """``U [D, C, X]`` for each input channel by itself, then ``V [Y, D, C]`` for each output's.
+
+    Data stand on the line that the filters of size one run along: grouped convolutions are slow
+    on a line of one.
+
+    Returns:
+        Two grouped convolutions inside a graph.
+    """
     (d, c, n_in), n_out = u.shape, len(v)
     bias = None if bias_u is None else bias_u[:, None] * v.sum(2).T
     if bias is not None and bias_v is not None:
         bias = bias + bias_v
-    first = _on_meta(nn.Conv1d, c, c * d, None, kernel_size=n_in, groups=c)
+    first = _on_meta(nn.Conv1d, c * n_in, c * d, None, kernel_size=1, groups=c)
     second = _on_meta(nn.Conv1d, c * d, d * n_out, bias, kernel_size=1, groups=d)
-    _fill(first, layer.weight_u, u.transpose(0, 1).flatten(0, 1)[:, None], None)
+    _fill(first, layer.weight_u, u.transpose(0, 1).flatten(0, 1)[..., None], None)
     by_output = v.transpose(0, 1).flatten(0, 1)[..., None]
     _fill(second, layer.weight_v, by_output, None if bias is None else bias.flatten())
-    return sequence([
-        nn.Flatten(2), first, nn.ChannelShuffle(c), second, nn.Flatten(1), _to_map(layer),
-    ])  # fmt: skip
+    inner = DataLast(nn.Sequential(first, nn.ChannelShuffle(c), second))
+    return sequence([graph_of(inner, "Factors"), _to_map(layer)])
 
 
 def _sparse_conv(layer: SparseConv2d) -> nn.Module:

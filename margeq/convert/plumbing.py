@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 __all__ = [
     "Added",
     "BatchSubsampled",
+    "DataLast",
     "Gated",
     "Lifted",
     "OnElements",
@@ -143,6 +144,18 @@ class Reordered(nn.Module):
             x = x.unflatten(1, (-1, self.n_before)).flatten(2, 3)
         x = x.index_select(2, self.order)
         return x.unflatten(2, (self.n_after, -1)).flatten(1, 2) if self.n_after > 1 else x
+
+
+class DataLast(nn.Module):
+    """A module that gets the data side by side on the last axis, and their numbers as channels."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it."""
+        return self.module(x.flatten(1).t().unsqueeze(0)).squeeze(0).t()
 
 
 class OnElements(nn.Module):

@@ -20,8 +20,7 @@ from margeq.curvature.copies import Calls
 from margeq.curvature.io import Rule, rule_for
 from margeq.curvature.sampling import tensors_of
 from margeq.curvature.uncompiled import uncompiled
-from margeq.errors import MissingRuleError, UnsupportedLayerError
-from margeq.parameters import owners
+from margeq.errors import DataError, UnsupportedLayerError
 
 __all__ = [
     "Cut",
@@ -31,7 +30,7 @@ __all__ = [
     "eval_mode",
     "forward",
     "record",
-    "require_rules",
+    "require_outputs",
     "run_recorded",
     "used_differently",
 ]
@@ -117,35 +116,6 @@ def forward(model: nn.Module, inputs: Any) -> Tensor:
     return model(*inputs)
 
 
-def require_rules(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
-    """Check that every weight sits in a module type with a curvature rule.
-
-    Raises:
-        MissingRuleError: naming the module, its type, the parameter and the ways out.
-    """
-    bare = bare_weights(model, weights)
-    for name, (layer, _) in owners(model).items():
-        if name in weights and name not in bare and rule_for(type(layer)) is None:
-            prefix, kind = name.rpartition(".")[0] or "the model itself", type(layer).__name__
-            raise MissingRuleError(
-                f"no curvature rule for parameter {name!r} of {prefix} ({kind}). Ways out: freeze "
-                f"it (requires_grad_(False)); exclude it from the Laplace approximation "
-                f"(parameters=[...]); replace the module; {_last_way_out(layer)}"
-            )
-
-
-def _last_way_out(layer: nn.Module) -> str:
-    kind = type(layer).__name__
-    if "torch.nn.utils.parametrize" in (
-        type(layer).__module__,
-        type(layer).__bases__[0].__module__,
-    ):
-        return (
-            "or take its parametrisation off (torch.nn.utils.parametrize.remove_parametrizations)"
-        )
-    return f"or register a rule with margeq.register_kfac_rule({kind})"
-
-
 @contextmanager
 def record(
     model: nn.Module, weights: Mapping[str, nn.Parameter], *, keep_graph: bool = False
@@ -182,6 +152,22 @@ def record(
         yield uses
 
 
+def require_outputs(outputs: Any, n_data: int) -> None:
+    """Check that a model returned one tensor with a row per datum.
+
+    Raises:
+        DataError: saying what it returned.
+    """
+    if isinstance(outputs, Tensor):
+        if outputs.ndim and len(outputs) == n_data:
+            return
+        what, way_out = str(tuple(outputs.shape)), "one row per datum, [n, ...]"
+    else:
+        what, way_out = f"a {type(outputs).__name__}", "a tensor [n, ...]"
+        way_out += "; wrap it in a module whose forward returns the logits or means alone"
+    raise DataError(f"the model returned {what} for {n_data} data, expected {way_out}")
+
+
 def run_recorded(
     model: nn.Module, weights: Mapping[str, nn.Parameter], inputs: Any
 ) -> tuple[Tensor, list[Use]]:
@@ -194,15 +180,17 @@ def run_recorded(
         Both.
 
     Raises:
+        DataError: if the model does not return one tensor with a row per datum.
         UnsupportedLayerError: for a layer that does not map one tensor to one tensor, or a model
             with bare parameters that ``torch.vmap`` cannot run.
     """
     with record(model, weights) as uses:
         outputs = forward(model, inputs)
+    n_data = len(tensors_of(inputs)[0])
+    require_outputs(outputs, n_data)
     bare = bare_weights(model, weights)
     if not bare:
         return outputs, uses
-    n_data = len(tensors_of(inputs)[0])
     copies = per_datum_copies({name: weights[name] for name in bare}, n_data)
     if torch.is_grad_enabled():
         outputs = joined(model, copies, inputs, outputs)
@@ -288,21 +276,6 @@ def used_differently(name: str) -> UnsupportedLayerError:
         f"not add up; untie them, freeze the weight (requires_grad_(False)), or exclude it with "
         f"parameters=[...]"
     )
-
-
-def require_batch_axis(uses: Sequence[Use], n_data: int) -> None:
-    """Check that each recorded call saw one row per datum.
-
-    Raises:
-        UnsupportedLayerError: if a module was called with another leading size.
-    """
-    for use in uses:
-        if len(use.x) != n_data or len(use.y) != n_data:
-            raise UnsupportedLayerError(
-                f"{use.prefix or 'the model'} ({type(use.layer).__name__}) was called with "
-                f"{len(use.x)} rows for {n_data} data; keep the data axis first (batch_first=True) "
-                f"and leave shared positions in axes of their own, [n, ..., features]"
-            )
 
 
 def backpropagate(

@@ -7,6 +7,7 @@ of hyperparameter steps are cheap.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ __all__ = [
     "Curvature",
     "CurvatureSums",
     "Eigenvalues",
+    "without_zeros",
 ]
 
 
@@ -139,9 +141,20 @@ class BlockCurvature(Curvature):
         logs, clamped = {}, 0
         for name, block in self.blocks.items():
             values, repaired = block.log_eigenvalues(name)
-            logs[name] = values.flatten()
+            logs[name] = without_zeros(values)
             clamped += repaired
         return BlockEigenvalues(logs, clamped)
+
+
+def without_zeros(logs: Tensor) -> Tensor:
+    """The logarithms above ``-inf``, flat: a zero adds nothing at any precision.
+
+    Where there are fewer data than weights, nearly all eigenvalues are zero.
+
+    Returns:
+        One axis; NaN stays.
+    """
+    return logs[logs != -math.inf]
 
 
 @dataclass(frozen=True)
@@ -149,7 +162,7 @@ class BlockEigenvalues(Eigenvalues):
     """Eigenvalues of independent blocks.
 
     Attributes:
-        logs: logarithms per weight tensor ``[P]``.
+        logs: logarithms per weight tensor, of those that are not zero.
         clamped: as in :class:`Eigenvalues`.
     """
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from margeq.comm import Comm, current_comm, together
-from margeq.curvature.forms import BlockCurvature, BlockEigenvalues
+from margeq.curvature.forms import BlockCurvature, BlockEigenvalues, without_zeros
 from margeq.curvature.kron import BlockKron
 from margeq.laplace import Spectrum
 from margeq.laplace import decompose as decompose_alone
@@ -114,5 +114,5 @@ def _eigenvalues(krons: Mapping[str, BlockKron], comm: Comm) -> BlockEigenvalues
                 clamped += repaired
     *values, clamped = comm.sum([*values, clamped])
     pairs = zip(krons.items(), values[::2], values[1::2], strict=True)
-    logs = {name: kron.joined_logs(grad, inp).flatten() for (name, kron), grad, inp in pairs}
+    logs = {name: without_zeros(kron.joined_logs(grad, inp)) for (name, kron), grad, inp in pairs}
     return BlockEigenvalues(logs, int(clamped))

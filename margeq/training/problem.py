@@ -17,14 +17,14 @@ from margeq.adjoint import Revisit
 from margeq.batches import Batch, read_batches
 from margeq.comm import Comm, together
 from margeq.curvature.bare import refuse_bare
-from margeq.curvature.capture import eval_mode, forward
+from margeq.curvature.capture import eval_mode, forward, require_outputs
 from margeq.curvature.explained import check_rules
 from margeq.curvature.final_layer import chosen_parameters
 from margeq.curvature.options import KfacOptions
 from margeq.curvature.sampling import checksum, sample_keys, tensors_of
-from margeq.errors import ConfigError, DataError, DataWarning
+from margeq.errors import ConfigError, DataError, DataWarning, ModelWarning
 from margeq.halving import is_out_of_memory
-from margeq.likelihoods import Likelihood
+from margeq.likelihoods import Categorical, Likelihood
 from margeq.paths import all_paths_on
 from margeq.priors import GaussianPrior
 from margeq.training.function_scale import FunctionScale, function_scale
@@ -236,6 +236,7 @@ def _read_once(
     for batch in batches:
         if first is None or template is None:
             first, template = batch, _outputs(model, batch)
+            _warn_of_probabilities(likelihood, template)
         likely = template[:1].expand(len(batch), *template.shape[1:])
         try:
             likelihood.check_targets(likely, batch.targets)
@@ -245,6 +246,20 @@ def _read_once(
         if has_ranks:
             content = (content + checksum(sample_keys((batch.inputs, batch.targets)))) % 2**63
     return None if first is None else first.inputs, n_data, content
+
+
+def _warn_of_probabilities(likelihood: Likelihood, outputs: Tensor) -> None:
+    """A softmax of a softmax can be trained, badly, and nothing else shows it."""
+    if not isinstance(likelihood, Categorical) or outputs.ndim != 2 or outputs.shape[1] < 2:
+        return
+    rows = outputs.double()
+    if len(rows) > 1 and bool((rows >= 0).all() and ((rows.sum(1) - 1.0).abs() < 1e-3).all()):
+        warnings.warn(
+            "the model returns probabilities, which classification takes for logits; leave its "
+            "last softmax out",
+            ModelWarning,
+            stacklevel=5,
+        )
 
 
 def _outputs(model: nn.Module, batch: Batch) -> Tensor:
@@ -258,7 +273,5 @@ def _outputs(model: nn.Module, batch: Batch) -> Tensor:
         raise DataError(
             f"the model cannot process batch {batch.index} with inputs {seen}: {error}"
         ) from error
-    if not isinstance(outputs, Tensor) or outputs.ndim == 0 or len(outputs) != len(batch):
-        what = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise DataError(f"the model returned {what} for {len(batch)} data, expected [n, ...]")
+    require_outputs(outputs, len(batch))
     return outputs

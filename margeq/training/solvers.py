@@ -223,6 +223,7 @@ class Lbfgs(HyperSolver):
         _write(dict(zip(names, found.x, strict=True)), prior, likelihood)
 
 
+@torch.no_grad()
 def mackay_step(spectrum: Spectrum, prior: GaussianPrior, likelihood: Likelihood) -> float:
     """One MacKay update of every precision and of the noise, damped where it would overshoot.
 
