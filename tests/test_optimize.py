@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import margeq
 from margeq.errors import (
     ConfigError,
+    ConvergenceWarning,
     CurvatureError,
     DataError,
     DataWarning,
@@ -510,6 +511,22 @@ def test_a_single_update_does_not_claim_to_have_settled():
     result = fit(mlp(), loader(x, y), n_epochs=1, n_epochs_burnin=0)
     assert not result.success
     assert "single update" in result.message
+
+
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+def test_weights_that_the_data_leave_at_zero_are_no_success(likelihood):
+    x, y = data()
+    targets = y if likelihood == "classification" else x[:, :3] + 5.0
+    options = {"likelihood": likelihood, "hyper_solver": "fixed", "n_epochs": 9}
+    weights = {"0.weight": 1e9, "2.weight": 1e9}
+    prior = {"0.bias": 1.0, "2.bias": 1.0, **weights}
+    with pytest.warns(
+        ConvergenceWarning, match=r"determine none of the weights \(.*prior_prec_init"
+    ):
+        assert not fit(mlp(), loader(x, targets), prior_prec_init=prior, **options).success
+    # a bias alone has nothing to do with the inputs
+    alone = fit(mlp(), loader(x, targets), parameters=["0.bias", "2.bias"], **options)
+    assert "none of the weights" not in alone.message
 
 
 def test_loader_generators_and_loose_buffers_come_back_on_failure():

@@ -17,6 +17,8 @@ __all__ = ["conclude"]
 
 _SETTLED_SLOPE = 0.01
 """Nats per datum and epoch above which the evidence is still on its way."""
+_NOTHING_LEARNED = 0.5
+"""Effective parameters of all weights but biases below which the data determine none of them."""
 
 
 def conclude(problem: Problem, outcomes: Sequence[Outcome]) -> MargLikResult:
@@ -37,8 +39,8 @@ def conclude(problem: Problem, outcomes: Sequence[Outcome]) -> MargLikResult:
         parameter.grad = None
     batches = problem.batches(problem.marglik_loader)
     diagnostics = _diagnostics(problem, outcomes, kept)
-    settled, message = _settled(diagnostics.slope)
-    if not settled:
+    success, message = _verdict(diagnostics.slope, kept)
+    if not success:
         warnings.warn(message, ConvergenceWarning, stacklevel=3)
     return MargLikResult(
         model=problem.model,
@@ -58,7 +60,7 @@ def conclude(problem: Problem, outcomes: Sequence[Outcome]) -> MargLikResult:
             for o in outcomes
         ),
         diagnostics=diagnostics,
-        success=settled,
+        success=success,
         message=message,
         n_iter=len(kept.history.losses),
         spectrum=kept.spectrum,
@@ -68,6 +70,23 @@ def conclude(problem: Problem, outcomes: Sequence[Outcome]) -> MargLikResult:
         options=problem.draws(kept.epoch),
         parameters=problem.parameters,
         batch_fn=problem.batch_fn,
+    )
+
+
+def _verdict(slope: float, kept: Outcome) -> tuple[bool, str]:
+    """Whether to believe the run, and why."""
+    settled, message = _settled(slope)
+    update = next(u for u in kept.history.updates if u.epoch == kept.epoch)
+    # a bias can follow the mean of the targets whatever the inputs are
+    weights = [g for name, g in update.effective.items() if not name.endswith("bias")]
+    learned = sum(weights)
+    if learned >= _NOTHING_LEARNED or not weights:
+        return settled, message
+    return False, (
+        f"{message}, but the data determine none of the weights ({learned:.1g} effective "
+        f"parameters), so the outputs hardly depend on the inputs: unless that is the answer, "
+        f"begin with a weaker prior (prior_prec_init=1.0), less noise (sigma_noise_init), or a "
+        f"smaller learning rate"
     )
 
 
