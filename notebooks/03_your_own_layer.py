@@ -237,6 +237,8 @@ for axis, name, maps in (
 plt.show()
 
 # %% [markdown]
+# The free matrix has one sign for either half of the circle, the same for nearly all outputs.
+#
 # For *how fast?* the circulant path is kept: the free one, with sixteen times the weights, is off.
 # For *where?* it is the other way round, and circulant maps alone are a guess: ln(1/2) = -0.693.
 #
