@@ -190,6 +190,11 @@ def test_a_layer_that_is_not_linear_may_say_so():
     check_layer(LayerCase("my layer", NotLinear, (3, 4), linear=False))
 
 
+def test_a_layer_without_a_name_of_its_own_is_named_once(example):
+    with pytest.raises(ContractError, match=r"^CirculantLinear breaks the contract"):
+        check_layer(example["CirculantLinear"](4), torch.zeros(3, 4))
+
+
 def test_check_layer_needs_an_input_of_two_data():
     with pytest.raises(ConfigError, match="pass an input"):
         check_layer(nn.Linear(2, 2))

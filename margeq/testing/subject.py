@@ -84,7 +84,8 @@ class Subject:
     @contextmanager
     def contract(self, title: str) -> Iterator[None]:
         """Turn any failure inside into a ContractError that names layer and contract."""
-        label = f"{self.case.name} ({type(self.layer).__name__})"
+        kind = type(self.layer).__name__
+        label = kind if self.case.name == kind else f"{self.case.name} ({kind})"
         title = title.rstrip(".")
         try:
             yield
