@@ -128,16 +128,39 @@ def _unpack(raw: Any, index: int, batch_fn: BatchFunction | None) -> tuple[Any, 
     pair = raw if batch_fn is None else batch_fn(raw)
     if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[1], Tensor)):
         raise DataError(
-            f"batch {index} is a {type(pair).__name__}, not a pair (inputs, targets) with tensor "
-            f"targets; pass batch_fn=lambda batch: (inputs, targets)"
+            f"batch {index} is a {_kind(pair)}, not a pair (inputs, targets) with tensor "
+            f"targets; pass {_way_out(pair)}"
         )
     return pair[0], pair[1]
+
+
+def _kind(pair: Any) -> str:
+    name = type(pair).__name__
+    if isinstance(pair, Mapping):
+        return f"{name} with the keys {', '.join(map(repr, pair))}"
+    if isinstance(pair, (tuple, list)):
+        inner = ", ".join(type(item).__name__ for item in pair[:4])
+        return f"{name} of {len(pair)} ({inner}{', …' if len(pair) > 4 else ''})"
+    return name
+
+
+def _way_out(pair: Any) -> str:
+    if isinstance(pair, Tensor):
+        return "a list of batches, such as [(inputs, targets)], if all of it is one batch"
+    if isinstance(pair, Mapping):
+        return 'batch_fn=lambda batch: (batch["…"], batch["…"])'
+    return "batch_fn=lambda batch: (inputs, targets)"
 
 
 def _check(batch: Batch) -> None:
     tensors = tensors_of(batch.inputs)
     if not tensors:
         raise DataError(f"batch {batch.index} holds no input tensor")
+    if batch.targets.ndim == 0:
+        raise DataError(
+            f"batch {batch.index} is a single sample: its target has no data axis; for a data set "
+            f"pass DataLoader(dataset, batch_size=128)"
+        )
     for tensor in tensors:
         if tensor.ndim == 0 or len(tensor) != len(batch.targets):
             raise DataError(

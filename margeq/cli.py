@@ -141,6 +141,9 @@ _COMMANDS = {
 
 def _parse(arguments: list[str]) -> Flags:
     """Parse; the options in the file that --config names are the defaults of a second reading."""
+    first = arguments[0]
+    if first not in _COMMANDS and not first.startswith("-"):
+        raise ConfigError(f"there is no command {first!r}; there are {', '.join(_COMMANDS)}")
     flags = _clear(
         lambda: tyro.extras.subcommand_cli_from_dict(
             _COMMANDS,

@@ -20,7 +20,13 @@ from margeq.comm import Comm, current_comm, together
 from margeq.curvature.options import KfacOptions
 from margeq.errors import ConfigError
 from margeq.likelihoods import Likelihood, as_likelihood
-from margeq.parameters import named_weights, require_one_device, requiring_grad, unwrapped
+from margeq.parameters import (
+    named_weights,
+    require_names,
+    require_one_device,
+    requiring_grad,
+    unwrapped,
+)
 from margeq.priors import GaussianPrior
 from margeq.training.conclusion import conclude
 from margeq.training.guards import (
@@ -193,6 +199,7 @@ def optimize_marglik(
             n_hypersteps=n_hypersteps, lr_hyp=lr_hyp, seed=seed,
         )  # fmt: skip
         _check_callbacks(callbacks)
+        parameters = require_names(model, parameters)
         checkpoints = as_checkpoints(checkpoint_dir)
         inside = collect_hyperparameters(model, hyperparameters)
         NetworkStepsOptions(network_gradient, lr_hyp, n_hypersteps)

@@ -19,6 +19,7 @@ __all__ = [
     "named_hyperparameters",
     "named_weights",
     "owners",
+    "require_names",
     "require_one_device",
     "requiring_grad",
     "unwrapped",
@@ -235,3 +236,33 @@ def _refuse_shared_storage(weights: dict[str, nn.Parameter]) -> None:
                 f"parameters {other!r} and {name!r} are different objects on one storage; tie "
                 f"them by assigning the same nn.Parameter to both modules"
             )
+
+
+def require_names(model: nn.Module, parameters: str | Iterable[object]) -> str | tuple[str, ...]:
+    """The choice of weights as names, from any iterable of them.
+
+    Args:
+        model: any module tree.
+        parameters: as the caller gave it.
+
+    Returns:
+        The string itself, or all names.
+
+    Raises:
+        ConfigError: for an entry that is no name, such as a tensor, with its name if it has one.
+    """
+    if isinstance(parameters, str):
+        return parameters
+    single = isinstance(parameters, (nn.Module, Tensor)) or not isinstance(parameters, Iterable)
+    entries = (parameters,) if single else tuple(parameters)
+    for entry in entries:
+        if not isinstance(entry, str):
+            inner = unwrapped(model)
+            known = [*inner.named_parameters(), *inner.named_modules()]
+            name = next((name for name, thing in known if thing is entry and name), None)
+            called = "" if name is None else f", here {name!r}"
+            raise ConfigError(
+                f"parameters holds a {type(entry).__name__}; give the names of tensors or modules "
+                f"of the model instead{called}"
+            )
+    return tuple(entry for entry in entries if isinstance(entry, str))

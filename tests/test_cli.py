@@ -89,6 +89,24 @@ def test_a_reader_that_went_away_ends_the_command_quietly(tmp_path, arguments):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_report_of_a_wrong_directory_does_not_wait_for_torch(tmp_path):
+    code = (
+        "import sys, margeq.cli as c; code = c.main(['report', sys.argv[1]]); "
+        "sys.exit(code + 100 * ('torch' in sys.modules))"
+    )
+    done = python("-c", code, str(tmp_path))
+    assert done.returncode == 2, done.stderr
+    assert "is no run directory" in done.stderr
+
+
+def test_a_command_that_is_none_is_told_the_commands(capsys):
+    assert main(["rnu", "--task", "digit"]) == 2
+    told = (
+        "margeq: there is no command 'rnu'; there are demo, run, resume, sweep, report, compare\n"
+    )
+    assert capsys.readouterr().err == told
+
+
 @pytest.mark.parametrize("flag", ["--version", "--help"])
 def test_version_and_help_do_not_wait_for_torch(flag):
     code = f"import sys, margeq.cli as c; c.main(['{flag}']); sys.exit('torch' in sys.modules)"

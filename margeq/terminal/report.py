@@ -7,7 +7,6 @@ from pathlib import Path
 
 from margeq.callbacks import to_json
 from margeq.flags import ReportFlags
-from margeq.report.page import write_report
 from margeq.report.text import as_text
 from margeq.runs.files import read_if_there, writing
 from margeq.runs.layout import CONFIG
@@ -25,6 +24,9 @@ def show_report(flags: ReportFlags) -> None:
     """
     directory, out = Path(flags.run), Path(flags.out or flags.run)
     stored = read_result(directory)
+    # a wrong directory is told before figures, and torch with them, are imported
+    from margeq.report.page import write_report
+
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     page = write_report(stored, out, read_if_there(directory / CONFIG))

@@ -93,7 +93,10 @@ def _verdict(slope: float, kept: Outcome) -> tuple[bool, str]:
 def _settled(slope: float) -> tuple[bool, str]:
     """Whether the evidence has settled, in one word and in a sentence."""
     if math.isnan(slope):
-        return False, "a single update cannot tell whether the evidence has settled; train longer"
+        return False, (
+            "a single update cannot tell whether the evidence has settled; train longer, or "
+            "shorten n_epochs_burnin or marglik_frequency"
+        )
     if abs(slope) < _SETTLED_SLOPE:
         return True, "the evidence has settled"
     moves = f"by {abs(slope):.2g} nats per datum and epoch"

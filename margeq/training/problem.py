@@ -228,6 +228,24 @@ def _warn_unseen(loader: Iterable[Any], n_own: int, n_data: int) -> None:
         )
 
 
+def _target_hint(likelihood: Likelihood, targets: Tensor) -> str:
+    real = targets.is_floating_point() and bool((targets != targets.round()).any())
+    if not isinstance(likelihood, Categorical) or not real:
+        return ""
+    return "; for real-valued targets pass likelihood='regression'"
+
+
+def _dtype_hint(model: nn.Module, batch: Batch) -> str:
+    """Integers other than bytes are left alone: they may be indices of embeddings."""
+    weights = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    tensors = [
+        t for t in tensors_of(batch.inputs) if t.is_floating_point() or t.dtype.itemsize == 1
+    ]
+    if len(weights) != 1 or all(tensor.dtype in weights for tensor in tensors):
+        return ""
+    return f"; the weights are {weights.pop()}: convert the inputs, in the data set or in batch_fn"
+
+
 def _read_once(
     model: nn.Module, batches: Iterable[Batch], likelihood: Likelihood, has_ranks: bool
 ) -> tuple[Any, int, int]:
@@ -241,7 +259,8 @@ def _read_once(
         try:
             likelihood.check_targets(likely, batch.targets)
         except DataError as error:
-            raise DataError(f"batch {batch.index}: {error}") from error
+            hint = _target_hint(likelihood, batch.targets)
+            raise DataError(f"batch {batch.index}: {error}{hint}") from error
         n_data += len(batch)
         if has_ranks:
             content = (content + checksum(sample_keys((batch.inputs, batch.targets)))) % 2**63
@@ -272,6 +291,7 @@ def _outputs(model: nn.Module, batch: Batch) -> Tensor:
         seen = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors_of(batch.inputs))
         raise DataError(
             f"the model cannot process batch {batch.index} with inputs {seen}: {error}"
+            f"{_dtype_hint(model, batch)}"
         ) from error
     require_outputs(outputs, len(batch))
     return outputs

@@ -70,7 +70,7 @@ class Diagnostics:
     failed_restarts: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MargLikResult:
     """A trained model with learned hyperparameters, and how it came about.
 
@@ -114,6 +114,18 @@ class MargLikResult:
     options: KfacOptions
     parameters: str | Sequence[str] = "all"
     batch_fn: Callable[[Any], tuple[Any, Any]] | None = None
+
+    def __repr__(self) -> str:
+        """A few lines: all fields together are thousands of numbers."""
+        kept = next((r.start for r in self.restarts if r.kept), "none")
+        per_datum = self.log_marginal_likelihood / max(self.n_data, 1)
+        return (
+            f"MargLikResult: log marginal likelihood {self.log_marginal_likelihood:.2f} nats, "
+            f"{per_datum:.4g} per datum of {self.n_data:,}\n"
+            f"  start {kept!r} kept, of {len(self.restarts)}; {self.n_iter} epochs\n"
+            f"  {self.message}\n"
+            f"  verdicts: print(result.effective_dimension()); all: result.report(directory)"
+        )
 
     @property
     def history(self) -> History:
