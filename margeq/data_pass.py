@@ -87,7 +87,7 @@ class DataPass:
             keys = sample_keys(batch.inputs)
             outputs, uses = self._recorded(batch.inputs)
             self._add_data(batch, keys, outputs, uses)
-            self._check_first(outputs, uses)
+            self._check_first(batch.inputs, outputs, uses)
             n_outputs = outputs[0].numel()
             if mc:
                 draws = reseeded(keys, self._options.seed)
