@@ -529,6 +529,18 @@ def test_weights_that_the_data_leave_at_zero_are_no_success(likelihood):
     assert "none of the weights" not in alone.message
 
 
+def test_an_evidence_of_guessing_is_no_success():
+    x, _ = data()
+    labels = torch.randint(3, (60,), generator=torch.Generator().manual_seed(0))
+    options = {"n_epochs": 20, "prior_prec_init": 1e-3, "hyper_solver": "fixed"}
+    with pytest.warns(ConvergenceWarning, match=r"guessing among 3 classes \(-65.92\).*prior_prec"):
+        result = fit(mlp(), loader(x, labels), **options)
+    assert not result.success
+    assert result.log_marginal_likelihood < -60 * math.log(3)
+    with pytest.warns(ConvergenceWarning, match=r"guessing among 3 classes \(-32.96\)"):
+        fit(mlp(), loader(x, labels), temperature=2.0, **options)
+
+
 def test_loader_generators_and_loose_buffers_come_back_on_failure():
     class Counting(nn.Module):
         def __init__(self):

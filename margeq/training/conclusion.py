@@ -6,9 +6,13 @@ import math
 import warnings
 from collections.abc import Sequence
 
+import torch
+
+from margeq.curvature.capture import eval_mode, forward
 from margeq.errors import ConvergenceWarning
 from margeq.function_share import function_variances
 from margeq.laplace import hyper_gradient
+from margeq.likelihoods import Categorical
 from margeq.training.outcome import Outcome
 from margeq.training.problem import Problem
 from margeq.training.result import Diagnostics, MargLikResult, Restart
@@ -39,7 +43,7 @@ def conclude(problem: Problem, outcomes: Sequence[Outcome]) -> MargLikResult:
         parameter.grad = None
     batches = problem.batches(problem.marglik_loader)
     diagnostics = _diagnostics(problem, outcomes, kept)
-    success, message = _verdict(diagnostics.slope, kept)
+    success, message = _verdict(problem, diagnostics.slope, kept)
     if not success:
         warnings.warn(message, ConvergenceWarning, stacklevel=3)
     return MargLikResult(
@@ -73,20 +77,43 @@ def conclude(problem: Problem, outcomes: Sequence[Outcome]) -> MargLikResult:
     )
 
 
-def _verdict(slope: float, kept: Outcome) -> tuple[bool, str]:
+def _verdict(problem: Problem, slope: float, kept: Outcome) -> tuple[bool, str]:
     """Whether to believe the run, and why."""
     settled, message = _settled(slope)
+    doubt = _no_weight(kept) or _no_better_than_guessing(problem, kept)
+    if not doubt:
+        return settled, message
+    return False, (
+        f"{message}, but {doubt}: unless that is the answer, begin with a weaker prior "
+        f"(prior_prec_init=1.0), less noise (sigma_noise_init), or a smaller learning rate"
+    )
+
+
+def _no_weight(kept: Outcome) -> str:
+    """Whether the data determine none of the weights, in words."""
     update = next(u for u in kept.history.updates if u.epoch == kept.epoch)
     # a bias can follow the mean of the targets whatever the inputs are
     weights = [g for name, g in update.effective.items() if not name.endswith("bias")]
-    learned = sum(weights)
-    if learned >= _NOTHING_LEARNED or not weights:
-        return settled, message
-    return False, (
-        f"{message}, but the data determine none of the weights ({learned:.1g} effective "
-        f"parameters), so the outputs hardly depend on the inputs: unless that is the answer, "
-        f"begin with a weaker prior (prior_prec_init=1.0), less noise (sigma_noise_init), or a "
-        f"smaller learning rate"
+    if not weights or sum(weights) >= _NOTHING_LEARNED:
+        return ""
+    return (
+        f"the data determine none of the weights ({sum(weights):.1g} effective parameters), so the "
+        f"outputs hardly depend on the inputs"
+    )
+
+
+def _no_better_than_guessing(problem: Problem, kept: Outcome) -> str:
+    """Whether a model that takes all classes to be equally probable has as much evidence."""
+    if not isinstance(problem.likelihood, Categorical):
+        return ""
+    with eval_mode(problem.model), torch.no_grad():
+        n_classes = forward(problem.model, problem.first_inputs).shape[-1]
+    guessing = -problem.n_data * math.log(n_classes) / problem.likelihood.temperature
+    if kept.log_marginal_likelihood > guessing or n_classes < 2:
+        return ""
+    return (
+        f"its {kept.log_marginal_likelihood:.4g} nats are no more than those of guessing among "
+        f"{n_classes} classes ({guessing:.4g})"
     )
 
 
