@@ -6,6 +6,7 @@ most of them, so the table shows four columns beside each other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -163,9 +164,10 @@ class EffectiveDimension:
         )
         lines = [header, "-" * len(header)]
         for r in self.paths:
+            precision = "–" if math.isnan(r.prior_precision) else f"{r.prior_precision:.3g}"
             lines.append(
                 f"{r.layer:<{wide}} {r.path:<{narrow}} {r.parameters:>10,} "
-                f"{r.prior_precision:>11.3g} {r.effective:>10.1f} {r.normalised:>7.1%} "
+                f"{precision:>11} {r.effective:>10.1f} {r.normalised:>7.1%} "
                 f"{r.relative:>8.1%} {r.function_share:>8.1%}  {r.verdict}"
             )
         return "\n".join([*lines, *self.subset_lines])

@@ -225,6 +225,7 @@ def test_frozen_layer_is_a_row_of_its_own():
     result = fit(model, loader(x, y))
     assert torch.equal(model[0].weight, before)
     assert result.effective_dimension().of("0", "").verdict == "frozen"
+    assert "nan" not in str(result.effective_dimension())
 
 
 def test_frozen_weight_with_free_bias():

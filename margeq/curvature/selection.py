@@ -31,7 +31,9 @@ def weights_with_rules(
     require_one_device(model)
     weights = named_weights(model, parameters)
     if not weights:
-        raise ConfigError("the model has no trainable weight to learn a prior for")
+        raise ConfigError(
+            "the model has no trainable weight to learn a prior for: set requires_grad=True on some"
+        )
     _require_rules(model, weights)
     options.require_known(weights)
     if options.curvature == "full":
