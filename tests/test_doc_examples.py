@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 import margeq
 from margeq import data
 from tests.documents import DOCS, ROOT, python_blocks
+from tests.test_trackers import FakeModule
 
 FEW = 40
 QUICK = {"n_epochs": 2, "n_epochs_burnin": 0, "marglik_frequency": 1, "progress": "none"}
@@ -137,8 +139,13 @@ def test_hyperparameters():
     assert set(found["result"].hyperparameters) == inside
 
 
-def test_callbacks(tmp_path, capsys):
+def test_callbacks(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("tensorboard")
+    trackio = FakeModule()
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
     loader = [(torch.randn(20, 3), torch.arange(20) % 2)]
     run(DOCS / "callbacks.md", margeq=margeq, model=nn.Linear(3, 2), train_loader=loader)
     assert capsys.readouterr().out
     assert (tmp_path / "events.jsonl").read_text().count('"epoch"') >= 2
+    assert trackio.runs[0].logged
+    assert list((tmp_path / "runs" / "first" / "tensorboard" / "current").iterdir())

@@ -366,7 +366,9 @@ def test_inputs_as_tuples_lists_dictionaries_and_by_a_function():
         return {name: given[name] for name in both}, given["labels"]
 
     require_covered(Two(), {**both, "labels": labels}, batch_fn=pair)
-    with pytest.raises(DataError, match=r"batch 0 is a dict, not a pair.*batch_fn=lambda"):
+    with pytest.raises(
+        DataError, match=r"batch 0 is a dict with the keys .*, not a pair.*batch_fn=lambda"
+    ):
         accumulate(Two(), [{**both, "labels": labels}])
 
 
