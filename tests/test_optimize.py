@@ -537,6 +537,7 @@ def test_an_evidence_of_guessing_is_no_success():
     with pytest.warns(ConvergenceWarning, match=r"guessing among 3 classes \(-65.92\).*prior_prec"):
         result = fit(mlp(), loader(x, labels), **options)
     assert not result.success
+    assert "noise" not in result.message
     assert result.log_marginal_likelihood < -60 * math.log(3)
     with pytest.warns(ConvergenceWarning, match=r"guessing among 3 classes \(-32.96\)"):
         fit(mlp(), loader(x, labels), temperature=2.0, **options)

@@ -12,7 +12,7 @@ from margeq.curvature.capture import eval_mode, forward
 from margeq.errors import ConvergenceWarning
 from margeq.function_share import function_variances
 from margeq.laplace import hyper_gradient
-from margeq.likelihoods import Categorical
+from margeq.likelihoods import Categorical, Gaussian
 from margeq.training.outcome import Outcome
 from margeq.training.problem import Problem
 from margeq.training.result import Diagnostics, MargLikResult, Restart
@@ -83,9 +83,10 @@ def _verdict(problem: Problem, slope: float, kept: Outcome) -> tuple[bool, str]:
     doubt = _no_weight(kept) or _no_better_than_guessing(problem, kept)
     if not doubt:
         return settled, message
+    less_noise = "less noise (sigma_noise_init), " * isinstance(problem.likelihood, Gaussian)
     return False, (
         f"{message}, but {doubt}: unless that is the answer, begin with a weaker prior "
-        f"(prior_prec_init=1.0), less noise (sigma_noise_init), or a smaller learning rate"
+        f"(prior_prec_init=1.0), {less_noise}or a smaller learning rate"
     )
 
 
