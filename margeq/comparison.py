@@ -35,7 +35,7 @@ class Compared:
         parameters: number of these weights.
         held_out: scores on data that nothing was tuned on, by name.
         start: the start that was kept.
-        success: whether its evidence had settled.
+        success: as in :class:`margeq.MargLikResult`.
         verdicts: layer -> path, or mixture of paths.
     """
 
@@ -76,9 +76,9 @@ class Comparison:
     def notes(self) -> list[str]:
         """What to keep in mind."""
         found = [f"{self.n_data:,} data; differences to {self.best.name} in nats"]
-        moving = [entry.name for entry in self.ranking if not entry.success]
-        if moving:
-            found.append(f"not settled yet, so this may change: {', '.join(moving)}")
+        doubtful = [entry.name for entry in self.ranking if not entry.success]
+        if doubtful:
+            found.append(f"no success, see result.message; may change: {', '.join(doubtful)}")
         return found
 
     def to_dict(self) -> dict[str, Any]:

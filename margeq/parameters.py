@@ -246,12 +246,12 @@ def require_names(model: nn.Module, parameters: str | Iterable[object]) -> str |
         parameters: as the caller gave it.
 
     Returns:
-        The string itself, or all names.
+        The string itself, the names of a last layer as they are, or all names.
 
     Raises:
         ConfigError: for an entry that is no name, such as a tensor, with its name if it has one.
     """
-    if isinstance(parameters, str):
+    if isinstance(parameters, (str, LastLayer)):
         return parameters
     single = isinstance(parameters, (nn.Module, Tensor)) or not isinstance(parameters, Iterable)
     entries = (parameters,) if single else tuple(parameters)

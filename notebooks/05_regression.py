@@ -213,8 +213,8 @@ print(
 #
 # ## Several outputs
 #
-# Outputs share the noise: give targets a common unit first. Here there are two, and the second is
-# the first plus a trend.
+# Here outputs share the noise, as their unit is the same. `likelihood="regression-per-output"`
+# gives each its own. There are two, and the second is the first plus a trend.
 
 # %%
 generator = torch.Generator().manual_seed(5)

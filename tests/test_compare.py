@@ -147,7 +147,7 @@ def test_what_has_not_settled_is_named(results):
     moving = copy.copy(results["large"])
     object.__setattr__(moving, "success", False)
     notes = margeq.compare({"a": settled, "b": moving}).notes
-    assert notes[1:] == ["not settled yet, so this may change: b"]
+    assert notes[1:] == ["no success, see result.message; may change: b"]
     assert len(margeq.compare({"a": settled}).notes) == 1
 
 

@@ -255,6 +255,26 @@ def test_a_model_of_one_batch_size_is_not_compared():
     torch.testing.assert_close(found, exact)
 
 
+@pytest.mark.parametrize("error", [AssertionError, IndexError, KeyError, AttributeError, Exception])
+def test_a_model_of_one_batch_size_may_say_so_by_any_error(error):
+    class OfFive(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) != 5:
+                raise error("five data, please")
+            return self.head(x[:, 0])
+
+    torch.manual_seed(0)
+    data, model = batch("sequences"), OfFive().double()
+    torch.testing.assert_close(
+        accumulate(model, [data], curvature="full").curvature.matrix,
+        ggn(model, [data], margeq.Categorical()),
+    )
+
+
 # -- ways of writing a model -----------------------------------------------------------------------
 
 
@@ -366,9 +386,7 @@ def test_inputs_as_tuples_lists_dictionaries_and_by_a_function():
         return {name: given[name] for name in both}, given["labels"]
 
     require_covered(Two(), {**both, "labels": labels}, batch_fn=pair)
-    with pytest.raises(
-        DataError, match=r"batch 0 is a dict with the keys .*, not a pair.*batch_fn=lambda"
-    ):
+    with pytest.raises(DataError, match=r"a dict with the keys .*, not a pair.*batch_fn=lambda"):
         accumulate(Two(), [{**both, "labels": labels}])
 
 

@@ -530,6 +530,25 @@ def test_weights_that_the_data_leave_at_zero_are_no_success(likelihood):
     assert "none of the weights" not in alone.message
 
 
+def test_a_branch_that_is_not_needed_is_a_success():
+    class Branched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.skip, self.branch = nn.Linear(3, 1), nn.Linear(1, 1)
+
+        def forward(self, x):
+            return self.skip(x[:, :3]) + self.branch(x[:, 3:])
+
+    torch.manual_seed(0)
+    x, model = torch.randn(200, 4), Branched()
+    y = x[:, :3].sum(1, keepdim=True) + 0.3 * torch.randn(200, 1)
+    y = y - x[:, 3:] * (x[:, 3:] * y).sum() / x[:, 3:].square().sum()
+    options = {"likelihood": "regression", "optimizer_kwargs": {"lr": 0.02}, "n_epochs": 200}
+    result = fit(model, loader(x, y), parameters=["branch"], **options)
+    assert result.history.updates[-1].effective["branch.weight"] < 0.5
+    assert result.success, result.message
+
+
 def test_an_evidence_of_guessing_is_no_success():
     x, _ = data()
     labels = torch.randint(3, (60,), generator=torch.Generator().manual_seed(0))
@@ -537,6 +556,7 @@ def test_an_evidence_of_guessing_is_no_success():
     with pytest.warns(ConvergenceWarning, match=r"guessing among 3 classes \(-65.92\).*prior_prec"):
         result = fit(mlp(), loader(x, labels), **options)
     assert not result.success
+    assert "noise" not in result.message
     assert result.log_marginal_likelihood < -60 * math.log(3)
     with pytest.warns(ConvergenceWarning, match=r"guessing among 3 classes \(-32.96\)"):
         fit(mlp(), loader(x, labels), temperature=2.0, **options)

@@ -13,7 +13,7 @@ from margeq.curvature import exact
 from margeq.curvature.factors import FactorSums
 from margeq.curvature.final_layer import last_layer
 from margeq.distributed import accumulate as accumulate_on_ranks
-from margeq.errors import ConfigError, ConvergenceWarning
+from margeq.errors import ConfigError, ConvergenceWarning, DataError
 from margeq.laplace import accumulate, log_marginal_likelihood
 from margeq.likelihoods import Categorical, Gaussian
 from margeq.parameters import named_weights
@@ -169,6 +169,32 @@ def test_last_layers_of_different_networks_compare():
     ]
     assert flavours[0] == flavours[1]
     assert flavours[0].weights == "last_layer"
+
+
+def test_names_of_the_last_layer_are_the_last_layer_in_training_too():
+    model = mlp()
+    x, y = data_for(model, Categorical(), 9, 4)
+    named = fit(model, [(x, y)], parameters=last_layer(model, x), n_epochs=12)
+    assert named.flavour.weights == "last_layer"
+    assert fit(mlp(), [(x, y)], parameters="last_layer", n_epochs=12).flavour == named.flavour
+
+
+class Pair(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+def test_what_no_last_layer_can_be_found_in_says_why():
+    x, y = torch.randn(6, 4), torch.zeros(6, dtype=torch.long)
+    with pytest.raises(DataError, match="returned a tuple for 6 data"):
+        last_layer(nn.Sequential(Pair(4, 2)), x)
+    tied = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Tanh(), nn.Linear(4, 4, bias=False))
+    tied[2].weight = tied[0].weight
+    with pytest.raises(ConfigError, match=r"last layer \(Linear\) .* tied to another layer"):
+        last_layer(tied, x)
+    for parameters in ("all", "last_layer"):
+        with pytest.raises(DataError, match=r"cannot process batch 0 with inputs \(6, 4\)"):
+            fit(nn.Linear(5, 2), [(x, y)], parameters=parameters)
 
 
 # --- names that mean nothing

@@ -79,8 +79,8 @@ def check_data_axis(model: nn.Module, weights: Mapping[str, nn.Parameter], input
     with eval_mode(model), torch.no_grad(), record(model, weights) as uses:
         try:
             forward(model, fewer)
-        except (RuntimeError, TypeError, ValueError):
-            return  # a model of one batch size
+        except Exception:
+            return  # a model of one batch size, whatever it says about others
     require_batch_axis(uses, n_data - 1)
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from margeq.batches import read_batches
+from margeq.batches import Batch, read_batches
 from margeq.comm import ALONE, Comm, together
-from margeq.curvature.capture import eval_mode, forward
+from margeq.curvature.capture import eval_mode, forward, require_outputs
+from margeq.curvature.sampling import tensors_of
 from margeq.errors import ConfigError
 from margeq.parameters import LAST_LAYER, LastLayer, named_weights, owners, unwrapped
 
@@ -31,7 +32,8 @@ def last_layer(model: nn.Module, inputs: Any) -> LastLayer:
         Names of tensors; evidence of them has the flavour ``"last_layer"`` for any model.
 
     Raises:
-        ConfigError: for a model without a single last layer, or with a frozen one.
+        ConfigError: for a model without a single last layer, or with a frozen or tied one.
+        DataError: if the model does not return one tensor with a row per datum.
 
     Example:
         >>> last_layer(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)), torch.ones(4, 2))
@@ -42,6 +44,11 @@ def last_layer(model: nn.Module, inputs: Any) -> LastLayer:
     layer = _last_called(model, inputs)
     names = [name for name, (owner, _) in owners(model).items() if owner is layer]
     chosen = [name for name in names if name in weights]
+    if not names:
+        raise ConfigError(
+            f"parameters={LAST_LAYER!r}: the last layer ({type(layer).__name__}) has no weight of "
+            f"its own, it is tied to another layer's; name weights with parameters=[...]"
+        )
     if not chosen:
         raise ConfigError(
             f"parameters={LAST_LAYER!r}: the last layer has no trainable weight "
@@ -93,6 +100,7 @@ def _past(
     try:
         with eval_mode(model), torch.enable_grad():
             outputs = forward(model, inputs)
+            require_outputs(outputs, len(tensors_of(inputs)[0]))
             if not others or not outputs.requires_grad:
                 return []
             found = torch.autograd.grad(outputs.sum(), list(others.values()), allow_unused=True)
@@ -107,8 +115,21 @@ def chosen_parameters(
     loader: Iterable[Any],
     batch_fn: Callable[[Any], tuple[Any, Any]] | None,
     comm: Comm = ALONE,
+    look: Callable[[Batch], object] = lambda batch: None,
 ) -> str | Sequence[str]:
-    """Names for ``"last_layer"``, by the first batch of a loader; anything else as it is."""
+    """Names for ``"last_layer"``, by the first batch of a loader; anything else as it is.
+
+    Args:
+        model: left as it is.
+        parameters: as the caller gave them.
+        loader: of batches.
+        batch_fn: makes a pair of inputs and targets of one.
+        comm: ranks that agree.
+        look: what the batch has to pass before.
+
+    Returns:
+        Names, or the argument.
+    """
     if parameters != LAST_LAYER:
         return parameters
     model = unwrapped(model)
@@ -116,6 +137,7 @@ def chosen_parameters(
         found: list[str] = []
         device = next(model.parameters()).device
         for batch in read_batches(loader, device, batch_fn, least=int(comm.size == 1)):
+            look(batch)
             found = list(last_layer(model, batch.inputs))
             break
     # a rank without data takes the names that others have found

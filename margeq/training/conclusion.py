@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from margeq.curvature.capture import eval_mode, forward
 from margeq.errors import ConvergenceWarning
 from margeq.function_share import function_variances
 from margeq.laplace import hyper_gradient
-from margeq.likelihoods import Categorical
+from margeq.likelihoods import Categorical, Gaussian, Likelihood
 from margeq.training.outcome import Outcome
 from margeq.training.problem import Problem
 from margeq.training.result import Diagnostics, MargLikResult, Restart
@@ -21,6 +22,8 @@ __all__ = ["conclude"]
 
 _SETTLED_SLOPE = 0.01
 """Nats per datum and epoch above which the evidence is still on its way."""
+_NO_SPREAD = 0.01
+"""Variance of outputs over the data, relative to the noise's, below which they are constants."""
 _NOTHING_LEARNED = 0.5
 """Effective parameters of all weights but biases below which the data determine none of them."""
 
@@ -80,21 +83,24 @@ def conclude(problem: Problem, outcomes: Sequence[Outcome]) -> MargLikResult:
 def _verdict(problem: Problem, slope: float, kept: Outcome) -> tuple[bool, str]:
     """Whether to believe the run, and why."""
     settled, message = _settled(slope)
-    doubt = _no_weight(kept) or _no_better_than_guessing(problem, kept)
+    with eval_mode(problem.model), torch.no_grad():
+        outputs = forward(problem.model, problem.first_inputs)
+    doubt = _no_weight(kept, outputs) or _no_better_than_guessing(problem, kept, outputs.shape[-1])
     if not doubt:
         return settled, message
+    less_noise = "less noise (sigma_noise_init), " * isinstance(problem.likelihood, Gaussian)
     return False, (
         f"{message}, but {doubt}: unless that is the answer, begin with a weaker prior "
-        f"(prior_prec_init=1.0), less noise (sigma_noise_init), or a smaller learning rate"
+        f"(prior_prec_init=1.0), {less_noise}or a smaller learning rate"
     )
 
 
-def _no_weight(kept: Outcome) -> str:
-    """Whether the data determine none of the weights, in words."""
+def _no_weight(kept: Outcome, outputs: Tensor) -> str:
+    """Whether the data determine none of the weights, and the outputs are constants, in words."""
     update = next(u for u in kept.history.updates if u.epoch == kept.epoch)
     # a bias can follow the mean of the targets whatever the inputs are
     weights = [g for name, g in update.effective.items() if not name.endswith("bias")]
-    if not weights or sum(weights) >= _NOTHING_LEARNED:
+    if not weights or sum(weights) >= _NOTHING_LEARNED or _varies(outputs, kept.likelihood):
         return ""
     return (
         f"the data determine none of the weights ({sum(weights):.1g} effective parameters), so the "
@@ -102,12 +108,18 @@ def _no_weight(kept: Outcome) -> str:
     )
 
 
-def _no_better_than_guessing(problem: Problem, kept: Outcome) -> str:
+def _varies(outputs: Tensor, likelihood: Likelihood) -> bool:
+    """Whether outputs follow the inputs, be it by a skip or by weights outside of the evidence."""
+    spread = outputs.float().flatten(1).var(0, correction=0)
+    if isinstance(likelihood, Gaussian):
+        spread = spread / likelihood.sigma_noise.to(spread).square()
+    return bool((spread > _NO_SPREAD).any())
+
+
+def _no_better_than_guessing(problem: Problem, kept: Outcome, n_classes: int) -> str:
     """Whether a model that takes all classes to be equally probable has as much evidence."""
     if not isinstance(problem.likelihood, Categorical):
         return ""
-    with eval_mode(problem.model), torch.no_grad():
-        n_classes = forward(problem.model, problem.first_inputs).shape[-1]
     guessing = -problem.n_data * math.log(n_classes) / problem.likelihood.temperature
     if kept.log_marginal_likelihood > guessing or n_classes < 2:
         return ""

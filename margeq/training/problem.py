@@ -124,7 +124,9 @@ def first_look(
         require_finite(hyperparameters)
         if comm.size > 1:
             refuse_what_ranks_cannot_share(model, train_loader, marglik_loader)
-    parameters = chosen_parameters(model, parameters, train_loader, batch_fn, comm)
+    parameters = chosen_parameters(
+        model, parameters, train_loader, batch_fn, comm, lambda batch: _outputs(model, batch)
+    )
     with together(comm):
         weights = weights_with_rules(model, parameters, options)
         if hyperparameters and schedule.hyper_solver != "fixed":

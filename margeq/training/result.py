@@ -83,8 +83,9 @@ class MargLikResult:
         n_data: number of data.
         restarts: every run, kept or not, in the order in which they ran.
         diagnostics: whether to believe it.
-        success: whether the kept run ended with a settled evidence, determines some weight besides
-            biases, and has more evidence than guessing among the classes.
+        success: whether the kept run ended with a settled evidence, with outputs that follow the
+            inputs or some weight besides biases that the data determine, and with more evidence
+            than guessing among the classes.
         message: the same in words.
         n_iter: epochs of the kept run.
         spectrum: of the curvature at the kept weights.
