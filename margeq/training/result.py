@@ -7,6 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from torch import Tensor, nn
@@ -124,7 +125,7 @@ class MargLikResult:
             f"MargLikResult: log marginal likelihood {self.log_marginal_likelihood:.2f} nats, "
             f"{per_datum:.4g} per datum of {self.n_data:,}\n"
             f"  start {kept!r} kept, of {len(self.restarts)}; {self.n_iter} epochs\n"
-            f"  {self.message}\n"
+            f"{fill(self.message, 98, initial_indent='  ', subsequent_indent='  ')}\n"
             f"  verdicts: print(result.effective_dimension()); all: result.report(directory)"
         )
 
