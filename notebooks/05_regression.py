@@ -207,7 +207,7 @@ print(
 
 # %% [markdown]
 # One training without held-out data lands near the best evidence of the grid, somewhat below it,
-# and its held-out error is 3 % above the smallest one of 17 trainings. The two criteria are not the
+# and its held-out error is 5 % above the smallest one of 17 trainings. The two criteria are not the
 # same. Below 0.3 the error hardly changes, while the evidence still falls: it is about the whole
 # distribution of the weights, of which the error sees the centre alone.
 #
