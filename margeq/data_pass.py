@@ -69,10 +69,7 @@ class DataPass:
         """For each batch: forward, input factors, then one backward pass per column."""
         mc = self._options.hessian_root == "mc"
         for batch in batches:
-            keys = sample_keys(batch.inputs)
-            outputs, uses = self._recorded(batch.inputs)
-            self._add_data(batch, keys, outputs, uses)
-            self._check_first(batch.inputs, outputs, uses)
+            keys, outputs, uses = self._begun(batch)
             draws = reseeded(keys, self._options.seed) if mc else None
             root = self._likelihood.root(outputs.detach(), draws, self._options.mc_samples)
             everyone = torch.arange(len(batch), device=outputs.device)
@@ -84,10 +81,7 @@ class DataPass:
         """For each batch: forward, input factors, then each output's columns on their own."""
         mc = self._options.hessian_root == "mc"
         for batch in batches:
-            keys = sample_keys(batch.inputs)
-            outputs, uses = self._recorded(batch.inputs)
-            self._add_data(batch, keys, outputs, uses)
-            self._check_first(batch.inputs, outputs, uses)
+            keys, outputs, uses = self._begun(batch)
             n_outputs = outputs[0].numel()
             if mc:
                 draws = reseeded(keys, self._options.seed)
@@ -159,6 +153,14 @@ class DataPass:
             check_data_axis(self._model, self._weights, inputs)
             check_calls(self._weights, outputs, uses)
             self._unchecked = False
+
+    def _begun(self, batch: Batch) -> tuple[Tensor, Tensor, list[Use]]:
+        """Forward and input factors of a batch whose columns follow: keys, outputs, calls."""
+        keys = sample_keys(batch.inputs)
+        outputs, uses = self._recorded(batch.inputs)
+        self._add_data(batch, keys, outputs, uses)
+        self._check_first(batch.inputs, outputs, uses)
+        return keys, outputs, uses
 
     def _recorded(self, inputs: Any) -> tuple[Tensor, list[Use]]:
         return run_recorded(self._model, self._weights, inputs)

@@ -9,6 +9,7 @@ all of it; each is linear in the weights.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -245,8 +246,26 @@ def _without_noise(part: Tensor, name: str, resolution: float) -> tuple[Tensor, 
     return (vectors * values[..., None, :]) @ vectors.mT, clamped
 
 
+class _AtAnyWeights(Eigenvalues):
+    """Eigenvalues at any weights of the outputs; by themselves those of equal weights."""
+
+    @abstractmethod
+    def _equal(self) -> Eigenvalues:
+        """Those of equal weights."""
+
+    def log_determinant(self, log_precisions: Mapping[str, Tensor], log_scale: Tensor) -> Tensor:
+        """As that of equal weights."""
+        return self._equal().log_determinant(log_precisions, log_scale)
+
+    def effective(
+        self, log_precisions: Mapping[str, Tensor], log_scale: Tensor
+    ) -> dict[str, Tensor]:
+        """As that of equal weights."""
+        return self._equal().effective(log_precisions, log_scale)
+
+
 @dataclass(frozen=True)
-class OutputEigenvalues(Eigenvalues):
+class OutputEigenvalues(_AtAnyWeights):
     """Eigenvalues of independent blocks at any weights of the outputs.
 
     Attributes:
@@ -281,23 +300,13 @@ class OutputEigenvalues(Eigenvalues):
         values, _ = block.grad_eigenvalues(name)
         return (_log(values).mT[:, :, None] + self.inputs[name][None]).flatten()
 
-    def log_determinant(self, log_precisions: Mapping[str, Tensor], log_scale: Tensor) -> Tensor:
-        """As that of equal weights."""
-        return self._equal().log_determinant(log_precisions, log_scale)
-
-    def effective(
-        self, log_precisions: Mapping[str, Tensor], log_scale: Tensor
-    ) -> dict[str, Tensor]:
-        """As that of equal weights."""
-        return self._equal().effective(log_precisions, log_scale)
-
     def _equal(self) -> BlockEigenvalues:
         some = next(iter({**self.grads, **self.moments}.values()), torch.ones(0))
         return self.weighted(torch.ones(len(some), dtype=torch.float64, device=some.device))
 
 
 @dataclass(frozen=True)
-class OutputFullEigenvalues(Eigenvalues):
+class OutputFullEigenvalues(_AtAnyWeights):
     """The dense curvature as ``sum_c w_c L_c L_c^T``.
 
     Attributes:
@@ -320,16 +329,6 @@ class OutputFullEigenvalues(Eigenvalues):
         halves = weights.to(self.factors[0]).sqrt()
         scaled = [half * factor for half, factor in zip(halves, self.factors, strict=True)]
         return FullEigenvalues(torch.cat(scaled, 1), self.sizes, self.clamped)
-
-    def log_determinant(self, log_precisions: Mapping[str, Tensor], log_scale: Tensor) -> Tensor:
-        """As that of equal weights."""
-        return self._equal().log_determinant(log_precisions, log_scale)
-
-    def effective(
-        self, log_precisions: Mapping[str, Tensor], log_scale: Tensor
-    ) -> dict[str, Tensor]:
-        """As that of equal weights."""
-        return self._equal().effective(log_precisions, log_scale)
 
     def _equal(self) -> FullEigenvalues:
         first = self.factors[0]
