@@ -124,6 +124,15 @@ def test_equal_noises_are_one_noise(curvature):
     theirs = effective_parameters(decompose(shared), prior, Gaussian(0.6))
     for name, gamma in theirs.items():
         assert float(gammas[name]) == pytest.approx(float(gamma), rel=1e-10)
+    # so do the eigenvalues by themselves
+    logs = {name: torch.tensor(0.4, dtype=F64) for name in theirs}
+    scale = torch.tensor(0.7, dtype=F64)
+    kept, plain = decompose(state).eigenvalues, decompose(shared).eigenvalues
+    value, other = (float(e.log_determinant(logs, scale)) for e in (kept, plain))
+    assert value == pytest.approx(other, rel=1e-10)
+    found, expected = (e.effective(logs, scale) for e in (kept, plain))
+    for name, gamma in expected.items():
+        assert float(found[name]) == pytest.approx(float(gamma), rel=1e-10)
     # the sum over outputs of the gradient in their noises is that in one noise
     _, mine = hyper_gradient(decompose(state), prior, likelihood)
     _, one = hyper_gradient(decompose(shared), prior, Gaussian(0.6))
